@@ -1,0 +1,68 @@
+"""DOC."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.name = "image_folder"
+    config.data.dir = ""  # empty: an error, name the folder
+    config.data.train = "train"
+    config.data.validation = "validation"  # empty: none
+    config.data.test = "test"
+    config.data.image_size = (64, 64)  # (height, width) in pixels
+    config.data.channels = 3
+    config.data.resize = "squash"  # whole image, or "crop": shorter side, then the centre
+    config.data.mean = (0.5, 0.5, 0.5)  # of the training images, in [0, 1], a channel
+    config.data.std = (0.25, 0.25, 0.25)
+    config.data.skip_bad = 0  # unreadable images to put up with in each split
+    config.data.follow_links = True  # symbolic links, in a folder of images
+
+    config.augment = ConfigDict()
+    config.augment.flip_probability = 0.0
+    config.augment.rotate_degrees = 10.0  # at most, either way
+    config.augment.zoom_fraction = 0.1  # in and out by up to 1 + this
+    config.augment.translate_pixels = 4  # at most, each way
+    config.augment.brightness = 0.2
+    config.augment.contrast = 0.2
+    config.augment.saturation = 0.2
+    config.augment.cutout_pixels = 0  # the side of the square
+    config.augment.mixup_alpha = 0.0
+    config.augment.cutmix_alpha = 0.0
+
+    config.model = ConfigDict()
+    config.model.name = "cnn"
+    config.model.widths = (32, 64, 128, 256)  # channels, a block each
+    config.model.convs_per_block = 2
+    config.model.dense_widths = ()  # hidden fully connected layers
+    config.model.dropout_rate = 0.2
+    config.model.dtype = "float32"  # of the computation; parameters are float32
+    config.model.cpu_kernels = "auto"  # or "off": plain XLA
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 0.002  # the peak, for a batch
+    config.optim.schedule = "cosine"  # after the warmup
+    config.optim.warmup_epochs = 1.0
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 0.05
+    config.optim.clip_norm = 0.0  # 0: no clipping
+    config.optim.label_smoothing = 0.1
+    config.optim.ema_decay = 0.0  # a step; 0: no averaging
+
+    config.train = ConfigDict()
+    config.train.batch_size = 64
+    config.train.accumulate_steps = 1  # parts of a batch computed one after the other
+    config.train.epochs = 20
+    config.train.log_every_steps = 20
+    config.train.validate_every_epochs = 1
+    config.train.checkpoint_every_epochs = 1
+    config.train.max_bad_steps = 0  # steps to skip whose loss is not finite, before giving up
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 256
+    config.eval.checkpoint = "last"  # or "best" on validation
+    return config

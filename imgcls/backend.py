@@ -1,0 +1,91 @@
+"""What this machine's JAX is told, and what decides speed and bits on it."""
+
+import functools
+import glob
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
+
+
+def start() -> None:
+    """Called once by each command before JAX computes anything."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / "xla"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    visible = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel[0-9]*")
+    if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+        logging.warning(
+            "THIS MACHINE HAS AN ACCELERATOR (%s) BUT JAX RUNS ON THE CPU: install jax[cuda13] or "
+            "jax[tpu] as the README says, or set JAX_PLATFORMS=cpu to silence this",
+            visible[0],
+        )
+
+
+@functools.cache
+def compiler_options() -> dict[str, str] | None:
+    """Options for `jax.jit` on this backend, unless the user's own XLA_FLAGS decide.
+
+    On a CPU, XLA would send convolutions to YNNPACK fusions, two to four times slower than its
+    Eigen path; this keeps YNNPACK for matrix products only.
+    """
+    name = "xla_cpu_experimental_ynn_fusion_type"
+    if jax.default_backend() != "cpu" or name in os.environ.get("XLA_FLAGS", ""):
+        return None
+    options = {name: "LIBRARY_FUSION_TYPE_DOT"}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(1.0)
+    except jax.errors.JaxRuntimeError:  # another jaxlib, without this option
+        return None
+    return options
+
+
+def choose_cpu_kernels(config: ConfigDict) -> bool:
+    """Whether convolutions go to oneDNN: on one CPU device, where it loads and agrees with XLA."""
+    if (
+        config.model.cpu_kernels == "off"
+        or jax.default_backend() != "cpu"
+        or jax.device_count() > 1
+    ):
+        return False
+    from imgcls import kernels
+
+    reason = kernels.unavailable(config.model.dtype)
+    if reason:
+        logging.info("convolutions run on plain XLA: %s", reason)
+    return not reason
+
+
+def describe() -> dict[str, Any]:
+    """The device, the versions and the commit behind a number."""
+    from importlib.metadata import version
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores"
+    return {
+        "device": f"{jax.device_count()} x {device.platform} ({kind})",
+        "versions": {name: version(name) for name in names},
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with "+" where files were changed since; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,109 @@
+"""A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgcls import backend, experiment
+from imgcls.checkpoint import Checkpoints
+from imgcls.data import Split, eval_order
+from imgcls.logs import progress
+from imgcls.sharding import make_mesh, put_batch, replicated
+from imgcls.sources.images import fit_image
+from imgcls.state import TrainState, create_state
+from imgcls.steps import predict_step
+
+
+class Classifier:
+    """A model with its parameters and its preprocessing.
+
+    Attributes:
+        config: of the run.
+        class_names: by index.
+        state: of training; `state.step` tells which checkpoint.
+        meta: what the run saved beside the state.
+    """
+
+    def __init__(self, config: ConfigDict, model: Any, state: TrainState, meta: dict[str, Any]):
+        self.config, self.model, self.state, self.meta = config, model, state, meta
+        self.class_names = tuple(meta["class_names"])
+        self.preprocess = experiment.build_preprocess(config)
+        self.mesh = make_mesh()
+        self._predict = jax.jit(
+            partial(predict_step, model=model, preprocess=self.preprocess),
+            out_shardings=replicated(self.mesh),
+            compiler_options=backend.compiler_options(),
+        )
+
+    def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Probabilities float32[N, K] of images: uint8[N, h, w, C], or a sequence of uint8[h, w, C].
+
+        Images of another size than the model's are resized as they were in training.
+        """
+        c = self.config.data
+        size = tuple(c.image_size)
+        fitted = [fit_image(np.asarray(x), image_size=size, resize=c.resize) for x in images]
+        if not fitted:
+            return np.zeros((0, len(self.class_names)), np.float32)
+        images = np.stack(fitted)
+        if images.dtype != np.uint8 or images.shape[3] != c.channels:
+            raise ValueError(
+                f"images must be uint8[N, h, w, {c.channels}], not {images.dtype}{images.shape}"
+            )
+        zeros = np.zeros(len(images), np.int32)
+        split = Split("images", images, zeros, range(len(images)), self.class_names)
+        return np.asarray(jax.nn.softmax(self.logits(split)))
+
+    def logits(self, split: Split, *, poll: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Logits float32[N, K] of every example of a split, in order; `poll` runs before each batch."""
+        batch_size = self.config.eval.batch_size
+        rows = []
+        with progress(len(split), f"evaluating {split.name}", "images") as bar:
+            for indices in eval_order(len(split), batch_size=batch_size):
+                poll()
+                images = put_batch(split.read, indices, self.mesh)["image"]
+                keep = int((indices >= 0).sum())
+                rows.append(np.asarray(self._predict(self.state, images))[:keep])
+                bar.update(keep)
+        return np.concatenate(rows)
+
+
+def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
+    """The classifier that a run trained, from its config.json and its checkpoints alone.
+
+    Args:
+        workdir: of the run.
+        checkpoint: "last", "best" or a step; by default the one that the run's config names.
+
+    Raises:
+        UserError, CheckpointError: see `imgcls.errors`.
+    """
+    workdir = Path(workdir)
+    backend.start()
+    config = experiment.load_config(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
+    meta = checkpoints.read_meta(step)
+    kernels = meta["cpu_kernels"] and backend.choose_cpu_kernels(config)
+    model = experiment.build_model(config, len(meta["class_names"]), cpu_kernels=kernels)
+    state, meta = checkpoints.restore(step, state_target(config, model))
+    return Classifier(config, model, state, meta)
+
+
+def state_target(config: ConfigDict, model: Any) -> TrainState:
+    """The shapes, dtypes and places of the arrays of a run's state."""
+    # Only the shape of the optimiser's state matters here, and no schedule changes that.
+    tx = experiment.build_optimizer(config, lambda step: config.optim.learning_rate)
+    create = partial(create_state, model=model, tx=tx, ema=config.optim.ema_decay > 0)
+    sample = jnp.zeros((1, *config.data.image_size, config.data.channels))
+    everywhere = replicated(make_mesh())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(create, jax.random.key(0), sample),
+    )

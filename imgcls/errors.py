@@ -1,0 +1,38 @@
+"""Errors that a user can cause and mend: one clear line and a documented exit code.
+
+Anything else that escapes is a defect of this project and keeps its traceback.
+"""
+
+
+class ImgclsError(Exception):
+    """Base: its text is one line that names the file, flag or field, and the remedy."""
+
+    exit_code = 1
+
+
+class UserError(ImgclsError):
+    """The command, the config or the data is wrong."""
+
+    exit_code = 2
+
+
+class DivergedError(ImgclsError):
+    """Loss or gradient stopped being finite."""
+
+    exit_code = 3
+
+
+class CheckpointError(ImgclsError):
+    """A checkpoint cannot be written, read or used."""
+
+    exit_code = 4
+
+
+class Stopped(ImgclsError):
+    """SIGTERM (143) or Ctrl-C (130) ended the run after it saved what it could."""
+
+    exit_code = 143
+
+
+class BadExampleError(UserError):
+    """One example cannot be read. The loader collects these, to skip or to list them together."""

@@ -1,0 +1,124 @@
+"""How good a trained model is, on a split of its data.
+
+    python -m imgcls.evaluate --workdir=runs/cifar10 [--split=test|validation|train]
+                              [--checkpoint=last|best|STEP]
+
+Evaluates the run's own config and writes results.json, for the test split at the checkpoint that the
+config names, or results_<split>_<checkpoint>.json, with predictions.npz or predictions_... beside it.
+"""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from imgcls import backend, cli, experiment
+from imgcls.classifier import Classifier, load
+from imgcls.data import Split
+from imgcls.errors import DivergedError, UserError
+from imgcls.logs import say
+from imgcls.metrics import evaluate_logits, fit_temperature
+from imgcls.state import count_parameters
+from imgcls.workdir import read_json, write_json
+
+
+def evaluate(
+    classifier: Classifier,
+    splits: dict[str, Split],
+    workdir: Path,
+    *,
+    split: str,
+    checkpoint: str,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Evaluates, writes the results and predictions files, prints the result and returns it.
+
+    Args:
+        classifier: at the checkpoint to evaluate.
+        splits: the one to evaluate and, where the run has it, "validation", on which the
+            temperature is fitted.
+        workdir: of the run.
+        split: "train", "validation" or "test".
+        checkpoint: the name it goes by: "last", "best" or a step.
+        poll: called before each batch; may raise to stop.
+    """
+    config, step = classifier.config, int(classifier.state.step)
+    official = split == "test" and checkpoint == config.eval.checkpoint
+    suffix = "" if official else f"_{split}_{checkpoint}"
+    if split == "test":
+        _break_seal(workdir, checkpoint, step)
+    wanted = [split, *({"validation"} & splits.keys() - {split})]
+    logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
+    examples = splits[split]
+    try:
+        temperature = None
+        if "validation" in splits:
+            temperature = fit_temperature(logits["validation"], splits["validation"].labels)
+        scores = evaluate_logits(
+            logits[split], examples.labels, examples.class_names, temperature=temperature
+        )
+    except ValueError as error:
+        raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
+    meta = classifier.meta
+    trained = step * config.train.batch_size
+    results = {
+        "dataset": config.data.name,
+        "split": examples.name,
+        "checkpoint": checkpoint,
+        "step": step,
+        "epochs": config.train.epochs,
+        "seed": config.seed,
+        "seconds": round(meta["seconds"], 1),
+        "images_per_second": round(trained / max(meta["train_seconds"], 1e-9), 1),
+        "parameters": count_parameters(classifier.state.params),
+        "class_names": list(examples.class_names),
+        **backend.describe(),
+        **scores,
+    }
+    np.savez_compressed(
+        workdir / f"predictions{suffix}.npz",
+        logits=logits[split],
+        labels=examples.labels,
+        ids=np.array(examples.ids),
+    )
+    path = workdir / f"results{suffix}.json"
+    write_json(path, results)
+    correct = round(results["top1"] * results["examples"])
+    say(f"{split} top1 {results['top1']:.4f} ({correct}/{results['examples']})  {path}")
+    return results
+
+
+def _break_seal(workdir: Path, checkpoint: str, step: int) -> None:
+    """Counts each look at the test split as it starts: choices belong on validation."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (workdir / "test_evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"checkpoint": checkpoint, "step": step, "time": now}) + "\n")
+
+
+def _main(_: list[str]) -> None:
+    workdir = cli.required_workdir()
+    split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
+    classifier = load(workdir, checkpoint)
+    config = classifier.config
+    if not config.data[split]:
+        raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
+    names = [split, *(["validation"] if config.data.validation and split != "validation" else [])]
+    splits = dict(zip(names, experiment.open_splits(config, *names)))
+    evaluate(
+        classifier,
+        splits,
+        workdir,
+        split=split,
+        checkpoint=checkpoint or config.eval.checkpoint,
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
+    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    cli.define_workdir()
+    cli.run(_main, usage=__doc__)

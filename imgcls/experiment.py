@@ -1,0 +1,274 @@
+"""From a config to what it names: the rules a config must keep, and the objects built from it.
+
+Only this module, the training loop and the commands see a config; the rest takes plain arguments.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from imgcls import data
+from imgcls.augment import compose
+from imgcls.errors import UserError
+from imgcls.models import MODELS
+from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
+from imgcls.sources import open_sources
+from imgcls.steps import augment_batch, normalize
+from imgcls.workdir import read_json
+
+
+def _one_of(*names: str) -> tuple[type, Callable[[Any], bool], str]:
+    return str, lambda x: x in names, f"one of {', '.join(names)}"
+
+
+ANY_TEXT = (str, lambda x: True, "text")
+COUNT = (int, lambda x: x >= 1, "a whole number of at least 1")
+COUNT_OR_ZERO = (int, lambda x: x >= 0, "a whole number of at least 0")
+NOT_NEGATIVE = (float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+FRACTION = (float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
+FLAG = (bool, lambda x: True, "True or False")
+COUNTS = (tuple, lambda x: all(type(n) is int and n > 0 for n in x), "a tuple of positive integers")
+CHANNELS = (tuple, lambda x: all(map(math.isfinite, x)), "a number for each channel, as a tuple")
+
+# Every key that a config has beside `augment`'s and the model's own, and what it may be.
+RULES = {
+    "seed": COUNT_OR_ZERO,
+    "data.name": (str, bool, "a dataset's name"),
+    "data.dir": ANY_TEXT,
+    "data.train": (str, bool, "a TFDS split string such as train[:90%]"),
+    "data.validation": ANY_TEXT,
+    "data.test": (str, bool, "a TFDS split string such as test"),
+    "data.image_size": (*COUNTS[:1], lambda x: len(x) == 2 and COUNTS[1](x), "(height, width)"),
+    "data.channels": (int, lambda x: x in (1, 3), "1 or 3"),
+    "data.resize": _one_of("squash", "crop"),
+    "data.mean": CHANNELS,
+    "data.std": (tuple, lambda x: CHANNELS[1](x) and min(x) > 0, CHANNELS[2]),
+    "data.skip_bad": COUNT_OR_ZERO,
+    "data.follow_links": FLAG,
+    "model.name": _one_of(*MODELS),
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.cpu_kernels": _one_of("auto", "off"),
+    "optim.name": _one_of(*OPTIMIZERS),
+    "optim.learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
+    "optim.schedule": _one_of(*SCHEDULES),
+    "optim.warmup_epochs": NOT_NEGATIVE,
+    "optim.momentum": FRACTION,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.clip_norm": NOT_NEGATIVE,
+    "optim.label_smoothing": FRACTION,
+    "optim.ema_decay": FRACTION,
+    "train.batch_size": COUNT,
+    "train.accumulate_steps": COUNT,
+    "train.epochs": COUNT,
+    "train.log_every_steps": COUNT,
+    "train.validate_every_epochs": COUNT,
+    "train.checkpoint_every_epochs": COUNT,
+    "train.max_bad_steps": COUNT_OR_ZERO,
+    "eval.batch_size": COUNT,
+    "eval.checkpoint": _one_of("last", "best"),
+}
+
+# What may differ between the runs of one workdir: it does not change the result.
+HARMLESS = {
+    "data.dir",
+    "model.cpu_kernels",
+    "train.log_every_steps",
+    "train.checkpoint_every_epochs",
+    "eval.batch_size",
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first key that is missing, unknown or out of its range."""
+    flat = flatten(config)
+    model_fields = _model_fields(flat.get("model.name"))
+    known = {*RULES, *(f"model.{field}" for field in model_fields)}
+    for key in flat:
+        if key not in known and not key.startswith("augment."):
+            raise UserError(f"config.{key} is not a key this config can have{_nearest(key, known)}")
+    for key, (kind, accepts, expected) in RULES.items():
+        _check(key, flat, kind, accepts, expected)
+    for field, default in model_fields.items():
+        key = f"model.{field}"
+        rule = {bool: FLAG, int: COUNT, float: FRACTION, tuple: COUNTS, str: ANY_TEXT}[
+            type(default)
+        ]
+        _check(key, flat, *rule)
+    for key in ("data.mean", "data.std"):
+        if len(flat[key]) != flat["data.channels"]:
+            raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
+    if flat["eval.checkpoint"] == "best" and not flat["data.validation"]:
+        raise UserError("config.eval.checkpoint=best needs a config.data.validation to be best on")
+    if flat["train.batch_size"] % (jax.device_count() * flat["train.accumulate_steps"]):
+        raise UserError(
+            f"config.train.batch_size={flat['train.batch_size']} must be a multiple of the "
+            f"{jax.device_count()} devices times config.train.accumulate_steps="
+            f"{flat['train.accumulate_steps']}"
+        )
+    if flat["eval.batch_size"] % jax.device_count():
+        raise UserError(
+            f"config.eval.batch_size={flat['eval.batch_size']} must be a multiple of the "
+            f"{jax.device_count()} devices"
+        )
+    if flat["optim.warmup_epochs"] > flat["train.epochs"]:
+        raise UserError(
+            f"config.optim.warmup_epochs={flat['optim.warmup_epochs']} is more than "
+            f"config.train.epochs={flat['train.epochs']}"
+        )
+    build_augment(config)
+
+
+def _check(key: str, flat: dict[str, Any], kind: type, accepts: Callable, expected: str) -> None:
+    if key not in flat:
+        raise UserError(f"config.{key} is missing: it is {expected}")
+    value = flat[key]
+    right_type = isinstance(value, kind) or (kind is float and type(value) is int)
+    if not right_type or (type(value) is bool) != (kind is bool) or not accepts(value):
+        raise UserError(f"config.{key}={value!r} must be {expected}")
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f": did you mean config.{near[0]}?" if near else ""
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.learning_rate": 0.1, ...}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types: what is saved, and what saved configs are compared with."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config of a run, from its config.json: never Python from a workdir."""
+    config = ConfigDict(_tuples(read_json(workdir / "config.json")))
+    validate(config)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError where a config would not continue the run that a workdir holds."""
+    old, new = flatten(saved), flatten(to_json(config))
+    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)} - HARMLESS
+    if differing == {"train.epochs"} and new["train.epochs"] > old["train.epochs"]:
+        if new["optim.schedule"] == "constant":
+            return
+        raise UserError(
+            f"{workdir} was trained for config.train.epochs={old['train.epochs']} with the "
+            f"{new['optim.schedule']} schedule, which depends on it: more epochs would be another "
+            "run; use another --workdir (with the constant schedule they can be added)"
+        )
+    if differing:
+        shown = ", ".join(f"{k}={new.get(k)!r} (was {old.get(k)!r})" for k in sorted(differing))
+        raise UserError(f"{workdir} holds a run of another config: {shown}; use another --workdir")
+
+
+def open_splits(config: ConfigDict, *names: str) -> list[data.Split]:
+    """The splits that config.data names "train", "validation" or "test", decoded."""
+    c = config.data
+    sources = open_sources(
+        c.name, data_dir=c.dir or None, channels=c.channels, follow_links=c.follow_links
+    )
+    if c.validation:
+        for other in (c.train, c.test):
+            if data.overlapping(sources, c.validation, other):
+                raise UserError(
+                    f"config.data.validation={c.validation!r} shares examples with {other!r}"
+                )
+    if data.overlapping(sources, c.train, c.test):
+        raise UserError(f"config.data.train={c.train!r} shares examples with {c.test!r}")
+    return data.load_splits(
+        sources,
+        [c[name] for name in names],
+        image_size=tuple(c.image_size),
+        channels=c.channels,
+        resize=c.resize,
+        skip_bad=c.skip_bad,
+    )
+
+
+def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = False) -> nn.Module:
+    """The Linen module, its convolutions on oneDNN where `cpu_kernels`."""
+    fields = {k: config.model[k] for k in _model_fields(config.model.name)}
+    height, width = config.data.image_size
+    if config.model.name == "cnn" and min(height, width) < 2 ** len(fields["widths"]):
+        raise UserError(
+            f"config.model.widths={fields['widths']} halves the image {len(fields['widths'])} times, "
+            f"too often for config.data.image_size={(height, width)}"
+        )
+    conv = nn.Conv
+    if cpu_kernels:
+        from imgcls import kernels
+
+        conv = partial(nn.Conv, conv_general_dilated=kernels.conv_general_dilated)
+    return MODELS[config.model.name](
+        num_classes=num_classes, dtype=jnp.dtype(config.model.dtype), conv=conv, **fields
+    )
+
+
+def _model_fields(name: Any) -> dict[str, Any]:
+    """The model's own fields with their defaults; empty for an unknown name."""
+    if name not in MODELS:
+        return {}
+    fields = MODELS[name].__dataclass_fields__
+    given = {"num_classes", "dtype", "conv", "norm", "parent", "name"}
+    return {k: f.default for k, f in fields.items() if k not in given}
+
+
+def build_preprocess(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    return partial(normalize, mean=tuple(config.data.mean), std=tuple(config.data.std))
+
+
+def build_augment(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    return compose(**config.augment)
+
+
+def build_schedule(config: ConfigDict, *, steps_per_epoch: int) -> optax.Schedule:
+    return create_schedule(
+        config.optim.schedule,
+        learning_rate=config.optim.learning_rate,
+        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+        total_steps=config.train.epochs * steps_per_epoch,
+    )
+
+
+def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    o = config.optim
+    return create_optimizer(
+        o.name,
+        schedule,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+
+
+def augmented_images(config: ConfigDict, batch: dict[str, Any], num_classes: int) -> jax.Array:
+    """The images of the first batch as training sees them: float[B, H, W, C] in [0, 1]."""
+    rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    return augment_batch(rng, batch, build_augment(config), num_classes)[0]

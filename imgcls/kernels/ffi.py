@@ -1,0 +1,87 @@
+"""Python functions as XLA FFI targets on the CPU: ctypes takes the place of a compiler.
+
+XLA calls a target with the address of a call frame, which has those of the buffers. The structs are
+the beginnings of those in xla/ffi/api/c_api.h (under jax.ffi.include_dir()) as of API_VERSION. XLA
+asks each new target for its version, and refuses to compile for one that it no longer supports.
+"""
+
+import atexit
+import ctypes as C
+from collections.abc import Callable
+
+import jax
+
+API_VERSION = (0, 3)
+METADATA_EXTENSION, INTERNAL = 1, 13
+
+
+def _struct(*fields: tuple[str, type]) -> type[C.Structure]:
+    return type("Struct", (C.Structure,), {"_fields_": list(fields)})
+
+
+_EXTENSION = _struct(("size", C.c_size_t), ("type", C.c_int), ("next", C.c_void_p))
+_HEAD = ("size", C.c_size_t), ("extension", C.POINTER(_EXTENSION))
+_VERSION = _struct(*_HEAD, ("major", C.c_int), ("minor", C.c_int))
+_METADATA = _struct(("size", C.c_size_t), ("version", _VERSION))
+_METADATA_EXTENSION = _struct(("base", _EXTENSION), ("metadata", C.POINTER(_METADATA)))
+_ERROR = _struct(*_HEAD, ("message", C.c_char_p), ("code", C.c_int))
+_CREATE_ERROR = C.PYFUNCTYPE(C.c_void_p, C.POINTER(_ERROR))
+_API = _struct(*_HEAD, ("version", _VERSION), ("internal", C.c_void_p), ("error", _CREATE_ERROR))
+_BUFFER = _struct(*_HEAD, ("dtype", C.c_int), ("address", C.c_void_p))
+_ITEMS = C.POINTER(C.POINTER(_BUFFER))
+_BUFFERS = _struct(*_HEAD, ("count", C.c_int64), ("types", C.c_void_p), ("items", _ITEMS))
+_FRAME = _struct(
+    *_HEAD,
+    ("api", C.POINTER(_API)),
+    ("context", C.c_void_p),
+    ("stage", C.c_int),
+    ("operands", _BUFFERS),
+    ("results", _BUFFERS),
+)
+_HANDLER = C.CFUNCTYPE(C.c_void_p, C.POINTER(_FRAME))
+
+_handlers = {}  # XLA holds bare pointers to these, for ever
+
+
+def register(name: str, run: Callable[..., None]) -> None:
+    """Makes `run` the target `name` of `jax.ffi.ffi_call`, once and for the life of the process.
+
+    `run` receives the address of each operand and then of each result, on any thread and on several
+    at once. An exception from it fails the XLA program (`jax.errors.JaxRuntimeError`) with its text.
+    """
+
+    def handle(frame) -> int | None:
+        frame = frame.contents
+        try:
+            if frame.extension and frame.extension.contents.type == METADATA_EXTENSION:
+                asked = C.cast(frame.extension, C.POINTER(_METADATA_EXTENSION)).contents
+                version = asked.metadata.contents.version
+                version.major, version.minor = API_VERSION
+            else:
+                run(*_addresses(frame.operands), *_addresses(frame.results))
+        except BaseException as error:  # ctypes would drop it, and XLA use a result never written
+            text = f"{name}: {type(error).__name__}: {error}".encode()
+            details = _ERROR(size=C.sizeof(_ERROR), message=text, code=INTERNAL)
+            return frame.api.contents.error(details)
+        return None
+
+    if not _handlers:
+        atexit.register(_drain)
+    _handlers[name] = _HANDLER(handle)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(_handlers[name]), platform="cpu")
+
+
+def _addresses(buffers) -> list[int]:
+    return [buffers.items[i].contents.address for i in range(buffers.count)]
+
+
+def _drain() -> None:
+    """Waits for the programs dispatched so far: one that calls Python after its end hangs the process.
+
+    XLA's CPU client runs programs in order, those of one device and those of several apart.
+    """
+    devices = jax.local_devices(backend="cpu")
+    together = jax.NamedSharding(jax.sharding.Mesh(devices, "devices"), jax.P())
+    last = jax.jit(lambda x: x + 1)
+    for place in (*devices, together):
+        last(jax.device_put(0, place)).block_until_ready()

@@ -1,0 +1,140 @@
+"""What a run says while it runs: lines or a progress bar, metrics.jsonl and TensorBoard events."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """Prints a line; a reader that closed its end (`| head -1`) ends the output, not the run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
+    """A progress bar on a terminal; one line that says what is being done elsewhere."""
+    if not sys.stderr.isatty():
+        say(f"{doing}: {total} {unit}")
+    with tqdm(
+        total=total, desc=doing, unit=f" {unit}", initial=initial, disable=None, dynamic_ncols=True
+    ) as bar:
+        yield bar
+
+
+class MetricWindow:
+    """Sums of training metrics since the last log line.
+
+    Metrics stay on the device until they are logged or saved. Sums are kept in float64 and added
+    step by step, so that an interrupted window, saved and continued, has the same bits.
+    """
+
+    def __init__(self, sums: dict[str, float] | None = None, bad_steps: list[int] | None = None):
+        self.sums = dict(sums or dict.fromkeys(("loss", "correct", "count", "steps"), 0.0))
+        self.bad_steps = list(bad_steps or [])  # steps whose loss or gradient was not finite
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    @property
+    def steps(self) -> int:
+        return int(self.sums["steps"]) + len(self._pending)
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+
+    def wait(self, *, ahead: int) -> None:
+        """Blocks until at most `ahead` steps are under way: enough to keep the device busy, few
+        enough that memory, the progress bar and a stop signal stay close to the present."""
+        if len(self._pending) > ahead:
+            jax.block_until_ready(self._pending[-ahead - 1][1])
+
+    def fetch(self) -> dict[str, float]:
+        """The sums, every step of them."""
+        pending, self._pending = self._pending, []
+        for step, metrics in zip([s for s, _ in pending], jax.device_get([m for _, m in pending])):
+            if metrics["bad"]:
+                self.bad_steps.append(step)
+            for key in ("loss", "correct", "count"):
+                self.sums[key] += float(metrics[key])
+            self.sums["steps"] += 1
+        return self.sums
+
+    def clear(self) -> None:
+        """Starts the next window."""
+        self.sums = dict.fromkeys(self.sums, 0.0)
+
+
+def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    """{"loss", "top1"} from sums; NaN where nothing was counted."""
+    count = float(sums["count"]) or math.nan
+    return {"loss": float(sums["loss"]) / count, "top1": float(sums["correct"]) / count}
+
+
+class MetricWriter:
+    """Appends to metrics.jsonl and to TensorBoard event files; continues after the restored step."""
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        # Loading it takes a quarter of a second, which commands that do not train need not spend.
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():
+            self._cut(start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+
+    def _cut(self, step: int) -> None:
+        """Removes a torn last line, and lines past the restored step: they will be written again."""
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line; NaN and infinity, which JSON lacks, become null."""
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._events.add_scalar(f"{row['split']}/{key}", value, row["step"])
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """image: uint8[H, W, 3]."""
+        self._events.add_image(tag, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """float[N, H, W, C] in [0, 1] -> uint8[rows * H, columns * W, 3]; what does not fill a row is left out."""
+    n, h, w, c = images.shape
+    columns = min(columns, n)
+    rows = n // columns
+    grid = images[: rows * columns].reshape(rows, columns, h, w, c).swapaxes(1, 2)
+    grid = np.rint(255 * np.clip(grid, 0, 1)).astype(np.uint8)
+    return np.broadcast_to(grid.reshape(rows * h, columns * w, c), (rows * h, columns * w, 3))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,68 @@
+"""The convolutional network of the textbooks, and its control without convolutions."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imgcls.models.common import ModuleDef, max_pool
+
+
+class CNN(nn.Module):
+    """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
+
+    Each block halves the image: its first convolution is followed by 2x2 max-pooling, and pooling
+    comes before normalisation and activation, as in Keller Jordan's airbench (arXiv 2404.00498),
+    since both then work on a quarter of the values. What is left of the image after the last block
+    is max-pooled to one vector, so any image of at least `2 ** len(widths)` pixels a side will do:
+    two blocks suit 8x8 digits, six suit 224x224 photographs.
+
+    Normalised images [B, H, W, C] -> logits float32 [B, num_classes].
+    """
+
+    num_classes: int
+    widths: tuple[int, ...] = (64, 256, 256)  # output channels, one entry a block
+    convs_per_block: int = 2
+    dense_widths: tuple[int, ...] = ()  # hidden fully connected layers
+    dropout_rate: float = 0.0  # before every fully connected layer
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
+    conv: ModuleDef = nn.Conv
+    norm: ModuleDef = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv = partial(self.conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
+        norm = partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        x = x.astype(self.dtype)
+        for width in self.widths:
+            for i in range(self.convs_per_block):
+                x = conv(width)(x)
+                if i == 0:
+                    x = max_pool(x)
+                x = nn.gelu(norm()(x))
+        x = x.max((1, 2))
+        return _head(self, x, train=train)
+
+
+class MLP(nn.Module):
+    """Fully connected layers alone: what convolution buys is measured against it."""
+
+    num_classes: int
+    dense_widths: tuple[int, ...] = (512, 512)
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv  # unused: every model is built with the same arguments
+    norm: ModuleDef = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return _head(self, x.reshape(x.shape[0], -1).astype(self.dtype), train=train)
+
+
+def _head(model: CNN | MLP, x: jax.Array, *, train: bool) -> jax.Array:
+    """The fully connected layers: features [B, F] -> logits float32 [B, num_classes]."""
+    dropout = partial(nn.Dropout, model.dropout_rate, deterministic=not train)
+    for width in model.dense_widths:
+        x = nn.gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
+    return nn.Dense(model.num_classes)(dropout()(x).astype(jnp.float32))

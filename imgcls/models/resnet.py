@@ -1,0 +1,125 @@
+"""Residual networks: He et al. (arXiv 1512.03385, 1603.05027) and Zagoruyko & Komodakis (1605.07146)."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from imgcls.models.common import ModuleDef
+
+# Blocks a stage, and whether blocks have a bottleneck.
+STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Block(nn.Module):
+    """One residual block: [B, H, W, C] -> [B, H / stride, W / stride, width (* 4)]."""
+
+    width: int
+    stride: int
+    bottleneck: bool
+    preactivation: bool
+    conv: ModuleDef
+    norm: ModuleDef
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        stride = (self.stride, self.stride)
+        if self.bottleneck:
+            shape = [(self.width, 1, (1, 1)), (self.width, 3, stride), (4 * self.width, 1, (1, 1))]
+        else:
+            shape = [(self.width, 3, stride), (self.width, 3, (1, 1))]
+        residual = x
+        if self.preactivation:
+            x = nn.relu(self.norm()(x))
+        if residual.shape[-1] != shape[-1][0] or self.stride > 1:
+            # The shortcut is projected from what the first convolution sees.
+            residual = self.conv(shape[-1][0], (1, 1), stride)(
+                x if self.preactivation else residual
+            )
+            if not self.preactivation:
+                residual = self.norm()(residual)
+        for i, (width, kernel, strides) in enumerate(shape):
+            last = i + 1 == len(shape)
+            x = self.conv(width, (kernel, kernel), strides)(x)
+            if not self.preactivation:
+                # The last scale starts at zero: each block starts as the identity (arXiv 1706.02677).
+                x = self.norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones)(x)
+            if not last:
+                x = nn.relu(self.norm()(x) if self.preactivation else x)
+                x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return residual + x if self.preactivation else nn.relu(residual + x)
+
+
+class ResNet(nn.Module):
+    """ResNet-18, 34 or 50: normalised [B, H, W, C] -> logits float32 [B, num_classes].
+
+    `stem` is "cifar" (3x3, no pooling) for small images or "imagenet" (7x7 stride 2, max-pooling).
+    """
+
+    num_classes: int
+    depth: int = 18
+    stem: str = "cifar"
+    preactivation: bool = False
+    dropout_rate: float = 0.0  # before the fully connected layer
+    dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv
+    norm: ModuleDef = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv, norm = _bound(self, train)
+        x = x.astype(self.dtype)
+        x = conv(64, (7, 7), (2, 2))(x) if self.stem == "imagenet" else conv(64, (3, 3))(x)
+        if not self.preactivation:
+            x = nn.relu(norm()(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        blocks, bottleneck = STAGES[self.depth]
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                block = Block(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm)
+                x = block(x, train=train)
+        return _pool_and_classify(self, x, norm if self.preactivation else None, train=train)
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet for small images (WRN-depth-factor): depth is 6 n + 4, dropout inside the blocks."""
+
+    num_classes: int
+    depth: int = 28
+    width_factor: int = 10
+    dropout_rate: float = 0.0  # between a block's convolutions
+    dtype: jnp.dtype = jnp.float32
+    conv: ModuleDef = nn.Conv
+    norm: ModuleDef = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv, norm = _bound(self, train)
+        x = conv(16, (3, 3))(x.astype(self.dtype))
+        for stage in range(3):
+            for i in range((self.depth - 4) // 6):
+                stride = 2 if stage > 0 and i == 0 else 1
+                width = 16 * self.width_factor * 2**stage
+                block = Block(width, stride, False, True, conv, norm, self.dropout_rate)
+                x = block(x, train=train)
+        return _pool_and_classify(self, x, norm, train=train, dropout_rate=0.0)
+
+
+def _bound(model: ResNet | WideResNet, train: bool) -> tuple[ModuleDef, ModuleDef]:
+    conv = partial(model.conv, use_bias=False, kernel_init=he_normal, dtype=model.dtype)
+    norm = partial(model.norm, use_running_average=not train, momentum=0.9, dtype=model.dtype)
+    return conv, norm
+
+
+def _pool_and_classify(model, x, norm, *, train, dropout_rate=None) -> jax.Array:
+    if norm is not None:  # pre-activation networks end with the activation
+        x = nn.relu(norm()(x))
+    x = x.mean((1, 2))
+    rate = model.dropout_rate if dropout_rate is None else dropout_rate
+    x = nn.Dropout(rate, deterministic=not train)(x.astype(jnp.float32))
+    return nn.Dense(model.num_classes)(x)

@@ -1,0 +1,91 @@
+"""Learning-rate schedules and optimisers, from explicit arguments. Steps are parameter updates."""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+# Each takes (peak, steps) and covers what follows the warmup.
+SCHEDULES = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    # Divided by ten after half and after three quarters, as in arXiv 1512.03385.
+    "step": lambda peak, steps: optax.piecewise_constant_schedule(
+        peak, {steps // 2: 0.1, steps * 3 // 4: 0.1}
+    ),
+}
+
+
+def create_schedule(
+    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Rises linearly from zero to `learning_rate` in `warmup_steps`, then follows `name` to the end."""
+    after = SCHEDULES[name](learning_rate, max(total_steps - warmup_steps, 1))
+    if warmup_steps == 0:
+        return after
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def matrices_and_kernels(params: optax.Params) -> optax.Params:
+    """True for what weight decay applies to: not biases, and not the norms' scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _sgd(schedule, *, momentum, weight_decay):
+    # Decay joins the gradient before the momentum: the L2 penalty of the classic recipes.
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, matrices_and_kernels),
+        optax.sgd(schedule, momentum=momentum or None, nesterov=momentum > 0),
+    )
+
+
+def _adamw(schedule, *, momentum, weight_decay):
+    return optax.adamw(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
+
+
+def _lion(schedule, *, momentum, weight_decay):
+    return optax.lion(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
+
+
+def _muon(schedule, *, momentum, weight_decay):
+    """Muon (Jordan et al., 2024) on every matrix and convolution kernel, AdamW on the rest.
+
+    A kernel [H, W, I, O] counts as the matrix [H * W * I, O].
+    """
+
+    def dimensions(params):
+        return jax.tree.map(
+            lambda p: (
+                MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
+            ),
+            params,
+        )
+
+    return muon(
+        schedule,
+        beta=momentum,
+        weight_decay=weight_decay,
+        weight_decay_mask=matrices_and_kernels,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "lion": _lion, "muon": _muon}
+
+
+def create_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """The optax chain: gradients clipped to the global norm `clip_norm` (0: never), then `name`.
+
+    `momentum` is the decay of the gradient's average: Nesterov momentum of sgd and muon, b1 of
+    adamw and lion. Weight decay is coupled (L2) in sgd and decoupled in the others.
+    """
+    tx = OPTIMIZERS[name](schedule, momentum=momentum, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx

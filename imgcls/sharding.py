@@ -1,0 +1,40 @@
+"""The mesh, and where arrays live on it: batches split over `data`, everything else on every device."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def make_mesh() -> Mesh:
+    """All devices of all processes in one axis `data`.
+
+    Auto axes: Linen's dropout fails under the Explicit ones that JAX would choose.
+    """
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_by_example(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(
+    read: Callable[[np.ndarray], dict[str, np.ndarray]], indices: np.ndarray, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """The global batch `read(indices)` on the devices; a process reads only the rows of its own."""
+    sharding = split_by_example(mesh)
+    local = sharding.addressable_devices_indices_map(indices.shape)
+    rows = [slice(*index[0].indices(len(indices))) for index in local.values()]
+    start, stop = min(r.start for r in rows), max(r.stop for r in rows)
+    batch = read(indices[start:stop])
+    return {
+        key: jax.make_array_from_process_local_data(
+            sharding, value, (len(indices), *value.shape[1:])
+        )
+        for key, value in batch.items()
+    }

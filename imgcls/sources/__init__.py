@@ -1,0 +1,59 @@
+"""Where examples come from: scikit-learn's digits, a folder of images, or any TFDS dataset.
+
+To add a dataset, write `open_mine(*, channels, data_dir, **_) -> dict[str, Source]` in a file of
+this package and name it in `SOURCES`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from imgcls.sources.digits import open_digits
+from imgcls.sources.folder import open_folder
+
+
+class Source(Protocol):
+    """One split of a dataset, read in any order and from any thread.
+
+    `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
+    source that reads many examples faster than one by one also has `read(indices) -> list of
+    examples`, which raises at the first bad one.
+
+    Attributes:
+      class_names: A name for each label.
+      fingerprint: Changes whenever the decoded examples may have changed.
+      ids: A printable, unique name for each example: its path below the folder, or its index.
+    """
+
+    class_names: tuple[str, ...]
+    fingerprint: str
+    ids: Sequence[str] | range
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+SOURCES = {"digits": open_digits, "image_folder": open_folder}
+
+
+def open_sources(
+    name: str, *, data_dir: str | None, channels: int, follow_links: bool = True
+) -> dict[str, Source]:
+    """Opens every split of a dataset: "train", usually "test", and "validation" if it has one.
+
+    Args:
+      name: A key of `SOURCES`; anything else is a TFDS dataset, which TFDS downloads on first use:
+        "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
+      data_dir: The folder of images, or where TFDS keeps its datasets (None: the variable
+        TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      channels: 1 (gray) or 3 (RGB), of every decoded image.
+      follow_links: False refuses a folder of images that holds symbolic links.
+
+    Raises:
+      UserError: An unknown name, no such folder, damaged data, or no network to download it.
+    """
+    if name in SOURCES:
+        return SOURCES[name](data_dir=data_dir, channels=channels, follow_links=follow_links)
+    from imgcls.sources.tfds import open_tfds  # an import of half a second
+
+    return open_tfds(name, data_dir=data_dir, channels=channels)

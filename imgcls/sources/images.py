@@ -1,0 +1,123 @@
+"""From picture files to uint8 arrays, the same way in training, evaluation and prediction."""
+
+import io
+import os
+from typing import Literal
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from imgcls.errors import BadExampleError
+
+# Nothing else is ever opened: Pillow would hand an EPS file to Ghostscript, for one.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# Checked when only the header has been read; 100 megapixels are 300 MB when decoded.
+MAX_PIXELS = 100_000_000
+# What shows through transparent pixels, whatever colour is hidden in them: white, as on a page.
+BACKGROUND = (255, 255, 255, 255)
+# Part of every fingerprint: another decoder may give other pixels.
+DECODER = f"Pillow {PIL.__version__}"
+
+_EXIF_ORIENTATION = 0x0112
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Escapes control characters, line ends and undecodable bytes; distinct texts stay distinct."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
+        for char in os.fspath(text)
+    )
+
+
+def decode_image(
+    source: str | os.PathLike[str] | bytes, *, channels: int, name: str = "an image"
+) -> np.ndarray:
+    """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame) picture, whatever its file is called.
+
+    EXIF orientation is applied; transparency is composited on `BACKGROUND`; palettes, CMYK and
+    bilevel pictures are converted; 16-bit gray is scaled to 8 bits; colour becomes gray by ITU-R
+    601 luma (0.299 R + 0.587 G + 0.114 B).
+
+    Args:
+      source: A path, or the content of a file.
+      channels: 1 (gray) or 3 (RGB).
+      name: What an error calls a picture that has no path.
+
+    Returns:
+      uint8[h, w, channels], not writeable.
+
+    Raises:
+      BadExampleError: Not such a picture, damaged, unreadable, or of more than `MAX_PIXELS`.
+    """
+    encoded = isinstance(source, bytes)
+    try:
+        with Image.open(io.BytesIO(source) if encoded else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise Image.DecompressionBombError(f"{size} is over {MAX_PIXELS:,} pixels")
+            return _to_array(image, channels)
+    except Exception as error:  # on damaged files Pillow raises nearly every type there is
+        where = printable(name if encoded else source)
+        raise BadExampleError(f"{where}: {_reason(error, source)}") from error
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    image = _upright(image)
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's convert() would clip to white
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        below = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(below, image.convert("RGBA"))
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return array.reshape(*array.shape[:2], channels)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # not in the try: damaged pixels are an error
+    try:
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:  # exif_transpose copies every image
+            return ImageOps.exif_transpose(image)
+    except Exception:  # an unreadable EXIF block counts as none, as it does in browsers
+        pass
+    return image
+
+
+def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        empty = not (source if isinstance(source, bytes) else os.path.getsize(source))
+        return "the file is empty" if empty else "not a JPEG, PNG, WebP, BMP or GIF image"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(" ".join(text.split()))
+
+
+def fit_image(
+    image: np.ndarray, *, image_size: tuple[int, int], resize: Literal["squash", "crop"]
+) -> np.ndarray:
+    """Resizes an image; one that has the wanted size already is returned as it is.
+
+    Pillow's BILINEAR is a triangle filter that widens when shrinking, so nothing aliases. LANCZOS
+    is a little sharper but overshoots at edges, and ImageNet figures are mostly made with bilinear.
+
+    Args:
+      image: uint8[h, w, c] with c of 1 or 3.
+      image_size: Height and width of the result.
+      resize: "squash" keeps the whole image, whatever its proportions; "crop" takes the largest
+        centred part with the proportions of `image_size`.
+
+    Returns:
+      uint8[*image_size, c].
+    """
+    height, width, channels = image.shape
+    new_height, new_width = image_size
+    if (height, width) == (new_height, new_width):
+        return image
+    box = None
+    if resize == "crop":
+        scale = min(height / new_height, width / new_width)
+        left, top = (width - scale * new_width) / 2, (height - scale * new_height) / 2
+        box = (left, top, left + scale * new_width, top + scale * new_height)
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(picture).reshape(new_height, new_width, channels)

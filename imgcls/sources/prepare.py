@@ -1,0 +1,158 @@
+"""`python -m imgcls.sources.prepare NAME DATA_DIR`: makes a TFDS dataset ready to be read.
+
+Downloads it, or converts a TFRECORD one, to array_record: the only program here that imports
+TensorFlow. It says on stderr what it is doing, prints the dataset's directory or (exit code 2) one
+line that says what is wrong, and ends when its standard input does.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
+
+from imgcls.errors import UserError
+from imgcls.sources.tfds import check_features, find, has_array_record, load, one_line, parse
+
+
+def prepare(name: str, root: Path) -> Path:
+    """Returns the version directory of a dataset, now with array_record files."""
+    with _lock(root, parse(name)[0]):
+        directory = find(name, root) or _download(name, root)
+        if not has_array_record(load(directory)):
+            _convert(directory)
+        return directory
+
+
+@contextlib.contextmanager
+def _lock(root: Path, dataset: str) -> Iterator[None]:
+    """Lets one process at a time prepare a dataset; the system frees it when the holder dies."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / f".{dataset}.lock").open("w")
+    except OSError as error:
+        why = f"{dataset} must be prepared in {root}, which can't be written to ({error.strerror})"
+        raise UserError(f"{why}; name another directory with --config.data.dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"waiting for another process that prepares {dataset} in {root}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(name: str, root: Path) -> Path:
+    what = name
+    try:
+        builder = tfds.builder(name, data_dir=root)
+        check_features(name, builder)
+        if builder.data_path.exists():  # TFDS would take it as it is, even empty
+            return Path(builder.data_path)
+        if urls := builder.url_infos:
+            size = sum(info.size for info in urls.values()) / 2**20
+            hosts = ", ".join(sorted({urlparse(url).netloc for url in urls}))
+            what = f"{builder.info.full_name} ({size:.0f} MiB from {hosts})"
+        _say(f"preparing {what} in {root}, once; a slow server can make this long")
+        _bound_waiting()
+        builder.download_and_prepare(
+            file_format=FileFormat.ARRAY_RECORD,
+            # There are only TFRECORD files, and no network can mean minutes of waiting.
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    except UserError:
+        raise
+    except Exception as error:  # from the network, the disk, or the dataset's own code
+        raise UserError(
+            f"cannot download and prepare {what} in {root} ({type(error).__name__}: "
+            f"{one_line(error)}). By hand: `tfds build {name} --file_format=array_record` where "
+            f"there is a network, then copy ~/tensorflow_datasets/{parse(name)[0]} into {root}, or "
+            "name the directory that holds it with TFDS_DATA_DIR or --config.data.dir"
+        ) from error
+    return Path(builder.data_path)
+
+
+def _bound_waiting() -> None:
+    """Makes TFDS, which retries for minutes and waits for ever, fail soon without a network."""
+    import requests
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = 2
+    requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))
+
+
+def _convert(directory: Path) -> None:
+    """Adds array_record files beside TFRECORD ones, as `tfds convert_format` does (with Beam).
+
+    A shard gets its name when it is whole, and dataset_info.json, replaced last, commits them all:
+    killed at any moment, the directory is still what it was.
+    """
+    builder = load(directory)
+    if builder.info.file_format != FileFormat.TFRECORD:
+        raise UserError(f"{directory} is in neither of the formats array_record and tfrecord")
+    _say(f"converting {directory} from TFRECORD to array_record, once")
+    reader = ADAPTER_FOR_FORMAT[FileFormat.TFRECORD]
+    writer = ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD]
+    for split in builder.info.splits.values():
+        template = split.filename_template.replace(filetype_suffix=writer.FILE_SUFFIX)
+        targets = template.sharded_filepaths(split.num_shards)
+        for source, target, length in zip(split.filepaths, targets, split.shard_lengths):
+            partial = target.parent / f"incomplete.{target.name}"
+            try:
+                records = [record.numpy() for record in reader.make_tf_data(os.fspath(source))]
+                if len(records) != length:
+                    raise ValueError(f"{len(records)} records instead of {length}")
+                writer.write_examples(partial, enumerate(records))
+                os.replace(partial, target)
+            except Exception as error:  # TensorFlow's, or the disk's
+                raise UserError(f"cannot convert {source}: {one_line(error)}") from error
+    info = directory / "dataset_info.json"
+    content = json.loads(info.read_text()) | {"alternativeFileFormats": [writer.FILE_SUFFIX]}
+    partial = directory / f"incomplete.{info.name}"
+    partial.write_text(json.dumps(content, indent=2))
+    os.replace(partial, info)
+
+
+def _say(text: str) -> None:
+    print(f"imgcls: {text}", file=sys.stderr, flush=True)
+
+
+def _stop(*_: object) -> None:
+    signal.alarm(10)  # whatever hangs then, the process ends
+    raise KeyboardInterrupt  # lets TFDS remove what it has half made
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # returns when the parent is gone, however it ended
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    name, root = sys.argv[1:]
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger().setLevel(logging.ERROR)  # each retry would be a warning
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
+            directory = prepare(name, Path(root))
+    except UserError as error:
+        print(error)
+        return 2
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGTERM)  # without waiting for the threads that download
+    print(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""One step of training and of evaluation, as pure functions: bind the static arguments with
+`functools.partial`, then `jax.jit`, or `jax.pmap` with `axis_name`.
+
+    Batch = {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}  # False on padding
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from imgcls.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def normalize(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 in [0, 255], or float in [0, 1], to float32 of the given channel means and deviations."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def augment_batch(
+    rng: jax.Array, batch: Batch, augment: Callable[..., Any], num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """A batch as the loss sees it: images float32[B, H, W, C] in [0, 1], labels float32[B, K]."""
+    images = batch["image"].astype(jnp.float32) / 255
+    return augment(rng, images, jax.nn.one_hot(batch["label"], num_classes))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    preprocess: Callable[[jax.Array], jax.Array],
+    augment: Callable[..., tuple[jax.Array, jax.Array]],
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    ema_decay: float = 0.0,
+    accumulate_steps: int = 1,
+    unroll: bool = False,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update of the parameters from one batch without padding.
+
+    All randomness comes from (rng, state.step). The gradient is averaged over `accumulate_steps`
+    equal parts of the batch, one after the other, so that only one part's activations are in memory.
+    Where loss or gradient is not finite, nothing but the step counter changes, and the metric `bad`
+    is 1.
+
+    Returns the new state and the metrics {"loss", "correct", "count", "bad"}: sums over the
+    batch's examples, float32.
+    """
+    rng = jax.random.fold_in(rng, state.step)
+    if axis_name is not None:
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    augment_rng, dropout_rng = jax.random.split(rng)
+    images, labels = augment_batch(augment_rng, batch, augment, model.num_classes)
+
+    def mean_loss(params, batch_stats, images, labels, dropout_rng):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            preprocess(images),
+            train=True,
+            rngs={"dropout": dropout_rng},
+            mutable=["batch_stats"],
+        )
+        loss = loss_fn(logits, labels)
+        correct = logits.argmax(-1) == labels.argmax(-1)
+        return loss.mean(), (updated.get("batch_stats", {}), {"loss": loss, "correct": correct})
+
+    def accumulate(carry, part):
+        batch_stats, total = carry
+        (_, (batch_stats, outputs)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
+            state.params, batch_stats, *part
+        )
+        return (batch_stats, jax.tree.map(jnp.add, total, grads)), outputs
+
+    # Strided parts, not contiguous ones: each device then splits the examples that it holds.
+    k = accumulate_steps
+    parts = [x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1) for x in (images, labels)]
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (batch_stats, grads), outputs = jax.lax.scan(
+        accumulate,
+        (state.batch_stats, zeros),
+        (*parts, jax.random.split(dropout_rng, k)),
+        unroll=unroll or k == 1,
+    )
+    grads = jax.tree.map(lambda g: g / k, grads)
+    metrics = jax.tree.map(lambda x: x.astype(jnp.float32).sum(), outputs)
+    metrics["count"] = jnp.float32(images.shape[0])
+    if axis_name is not None:
+        grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
+        metrics = jax.lax.psum(metrics, axis_name)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        # The average follows closely at first, or it would remember the initialisation.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+    new_state = state.replace(
+        params=params, batch_stats=batch_stats, opt_state=opt_state, ema_params=ema_params
+    )
+
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    metrics = keep(metrics, jax.tree.map(jnp.zeros_like, metrics))
+    metrics["bad"] = 1.0 - finite
+    return keep(new_state, state).replace(step=state.step + 1), metrics
+
+
+def predict_step(
+    state: TrainState,
+    images: jax.Array,
+    *,
+    model: nn.Module,
+    preprocess: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Images uint8[B, H, W, C] -> logits float32[B, K]."""
+    return model.apply(state.eval_variables, preprocess(images), train=False)
+
+
+def eval_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    preprocess: Callable[[jax.Array], jax.Array],
+) -> Metrics:
+    """{"loss", "correct", "count"}: sums, never means, over the examples that are not padding."""
+    logits = predict_step(state, batch["image"], model=model, preprocess=preprocess)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    correct = logits.argmax(-1) == batch["label"]
+    return {
+        "loss": jnp.where(batch["mask"], loss, 0).sum(),
+        "correct": (correct & batch["mask"]).sum(dtype=jnp.float32),
+        "count": batch["mask"].sum(dtype=jnp.float32),
+    }

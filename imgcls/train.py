@@ -1,0 +1,332 @@
+"""The training loop: wires data, model and steps together, logs, validates, saves and resumes."""
+
+import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgcls import backend, experiment
+from imgcls.checkpoint import Checkpoints
+from imgcls.classifier import Classifier, state_target
+from imgcls.data import TrainOrder, eval_order
+from imgcls.errors import DivergedError, UserError
+from imgcls.evaluate import evaluate
+from imgcls.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
+from imgcls.losses import cross_entropy
+from imgcls.sharding import make_mesh, put_batch, replicated
+from imgcls.state import TrainState, count_parameters, create_state
+from imgcls.steps import eval_step, train_step
+from imgcls.stopping import StopSignal, interruptibly
+from imgcls.workdir import claim, read_json, write_json
+
+STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
+    """Trains to the end, from the last checkpoint in `workdir` if there is one, then evaluates on test.
+
+    Raises:
+        UserError, DivergedError, CheckpointError, Stopped: see `imgcls.errors`.
+    """
+    workdir = Path(workdir)
+    backend.start()
+    experiment.validate(config)
+    with StopSignal() as stop, claim(workdir):
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        if checkpoints.steps():
+            experiment.check_resumable(read_json(workdir / "config.json"), config, workdir)
+        run = _Run(config, workdir, checkpoints, stop)
+        results = workdir / "results.json"
+        if run.step == run.total_steps and results.exists():
+            say(f"already finished, nothing to do: see {results}")
+            return run.state
+        write_json(workdir / "config.json", experiment.to_json(config))
+        run.train()
+        run.test()
+        checkpoints.close()
+        return run.state
+
+
+class _Run:
+    """One run: its data, its compiled steps, and where it stands."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints, stop: StopSignal
+    ):
+        self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
+        self.started = time.perf_counter()
+        names = ["train", "test", *(["validation"] if config.data.validation else [])]
+        self.splits = dict(zip(names, experiment.open_splits(config, *names)))
+        self.class_names = self.splits["train"].class_names
+        self.order = TrainOrder(
+            len(self.splits["train"]), batch_size=config.train.batch_size, seed=config.seed
+        )
+        self._describe_data()
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.schedule = experiment.build_schedule(config, steps_per_epoch=self.steps_per_epoch)
+        self.mesh = make_mesh()
+        self.rng = jax.jit(
+            partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
+        )()
+        self._restore_or_create()
+
+    def _describe_data(self) -> None:
+        c = self.config
+        for name, split in self.splits.items():
+            say(f"{name}: {len(split)} examples, {c.data.name} {split.name}")
+        if "validation" not in self.splits:
+            say("validation: none, config.data.validation is empty")
+        if self.order.steps_per_epoch == 0:
+            raise UserError(
+                f"config.train.batch_size={c.train.batch_size} is more than the "
+                f"{len(self.splits['train'])} examples of config.data.train={c.data.train}: lower it"
+            )
+
+    def _restore_or_create(self) -> None:
+        """The model, the state, and `meta`: what is saved beside it, in JSON types."""
+        c, checkpoints = self.config, self.checkpoints
+        self.meta: dict[str, Any] = {
+            "class_names": list(self.class_names),
+            "train_examples": len(self.splits["train"]),
+            "cpu_kernels": backend.choose_cpu_kernels(c),
+            "validated_step": 0,
+            "seconds": 0.0,  # since the first start, all sessions together
+            "train_seconds": 0.0,  # of them, in training steps
+            "sums": None,  # of the log window that the save interrupted
+            "bad_steps": [],
+        }
+        self.model = experiment.build_model(
+            c, len(self.class_names), cpu_kernels=self.meta["cpu_kernels"]
+        )
+        self.saved_step = -1
+        if checkpoints.steps():
+            target = state_target(c, self.model)
+            self.state, saved = checkpoints.restore_latest(target)
+            self._check_same_data(saved)
+            self.meta = saved | {"cpu_kernels": self._same_kernels(saved["cpu_kernels"])}
+            self.saved_step = int(self.state.step)
+        else:
+            create = partial(
+                create_state,
+                model=self.model,
+                tx=experiment.build_optimizer(c, self.schedule),
+                ema=c.optim.ema_decay > 0,
+            )
+            sample = jnp.zeros((1, *c.data.image_size, c.data.channels))
+            create = jax.jit(create, out_shardings=replicated(self.mesh))
+            self.state = interruptibly(lambda: create(self.rng, sample))
+        self.step = int(self.state.step)
+        self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
+        parameters = count_parameters(self.state.params)
+        convolutions = ", convolutions by oneDNN" if self.meta["cpu_kernels"] else ""
+        device = backend.describe()["device"]
+        say(f"{c.model.name}: {parameters:,} parameters, {c.model.dtype}, {device}{convolutions}")
+        if self.saved_step >= 0:
+            say(f"resumed at step {self.step} of {self.total_steps}")
+
+    def _check_same_data(self, saved: dict[str, Any]) -> None:
+        for key in ("class_names", "train_examples"):
+            if saved[key] != self.meta[key]:
+                raise UserError(
+                    f"the data changed since {self.workdir} was started ({key}: {saved[key]} then, "
+                    f"{self.meta[key]} now): restore it, or use another --workdir"
+                )
+
+    def _same_kernels(self, saved: bool) -> bool:
+        """A run goes on with the convolutions that it began with: they decide its last bits."""
+        chosen = self.meta["cpu_kernels"]
+        if saved and not chosen:
+            logging.warning("this run began with oneDNN convolutions: its last bits will differ")
+        if chosen and not saved:
+            self.model = experiment.build_model(self.config, len(self.class_names))
+        return saved and chosen
+
+    def _compile(self) -> None:
+        c, options = self.config, {"compiler_options": backend.compiler_options()}
+        everywhere = replicated(self.mesh)
+        common = {"model": self.model, "preprocess": experiment.build_preprocess(c)}
+        train = partial(
+            train_step,
+            **common,
+            tx=experiment.build_optimizer(c, self.schedule),
+            augment=experiment.build_augment(c),
+            loss_fn=partial(cross_entropy, label_smoothing=c.optim.label_smoothing),
+            ema_decay=c.optim.ema_decay,
+            accumulate_steps=c.train.accumulate_steps,
+            # Inside a loop, XLA's code for the CPU runs on one core.
+            unroll=jax.default_backend() == "cpu",
+        )
+        train = jax.jit(train, donate_argnums=0, out_shardings=everywhere, **options)
+        validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)
+
+        def compile_both() -> None:
+            self.train_step = train.lower(self.state, self._train_batch(), self.rng).compile()
+            if "validation" in self.splits:
+                batch = next(self._validation_batches())
+                self.eval_step = validate.lower(self.state, batch).compile()
+
+        say("compiling ...")
+        started = time.perf_counter()
+        interruptibly(compile_both)
+        say(f"compiled in {time.perf_counter() - started:.1f} s")
+
+    def _train_batch(self) -> dict[str, jax.Array]:
+        return put_batch(self.splits["train"].read, self.order[self.step], self.mesh)
+
+    def _validation_batches(self) -> Iterator[dict[str, jax.Array]]:
+        split = self.splits["validation"]
+        for indices in eval_order(len(split), batch_size=self.config.eval.batch_size):
+            yield put_batch(split.read, indices, self.mesh)
+
+    def train(self) -> None:
+        """To the last step. What is due between two steps is logged, validated and saved there."""
+        if self.step < self.total_steps or self._validation_due():
+            self._compile()
+        self.writer = MetricWriter(self.workdir, start_step=self.step)
+        if self.step == 0:
+            batch = self.splits["train"].read(self.order[0])
+            images = experiment.augmented_images(self.config, batch, len(self.class_names))
+            self.writer.image("train/augmented", image_grid(np.asarray(images[:64])), 0)
+        self.stop.defer()
+        self.clock = time.perf_counter()
+        with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
+            self._between_steps()
+            while self.step < self.total_steps:
+                self.state, metrics = self.train_step(self.state, self._train_batch(), self.rng)
+                self.step += 1
+                self.window.add(self.step, metrics)
+                self.window.wait(ahead=STEPS_AHEAD)
+                self.bar.update()
+                self._between_steps()
+        self.writer.close()
+
+    def _between_steps(self) -> None:
+        c, last = self.config.train, self.step == self.total_steps
+        if (self.step % c.log_every_steps == 0 or last) and self.window.steps:
+            self._log_training()
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        save = last or (rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0)
+        top1 = self._validate() if self._validation_due() else None
+        stopping = self.stop.requested is not None
+        if top1 is not None or ((save or stopping) and self.step > self.saved_step):
+            self._save(top1)
+        if stopping:
+            self.checkpoints.wait()
+            raise self.stop.stopped(f"step {self.step} is saved; the same command resumes")
+
+    def _validation_due(self) -> bool:
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        due = rest == 0 and epoch % self.config.train.validate_every_epochs == 0
+        due = due or self.step == self.total_steps
+        return due and "validation" in self.splits and self.step > self.meta["validated_step"]
+
+    def _log_training(self) -> None:
+        sums = self._checked_window()
+        rate = sums["steps"] * self.config.train.batch_size / self._lap()
+        self._log("train", mean_metrics(sums), rate)
+        self.window.clear()
+
+    def _validate(self) -> float | None:
+        """Validation top-1; None where a stop signal came first."""
+        self._checked_window()
+        self._lap()
+        sums = dict.fromkeys(("loss", "correct", "count"), 0.0)
+        for batch in self._validation_batches():
+            metrics = jax.device_get(self.eval_step(self.state, batch))
+            sums = {key: value + float(metrics[key]) for key, value in sums.items()}
+            if self.stop.requested is not None:
+                return None
+        means = mean_metrics(sums)
+        now = time.perf_counter()
+        self._log("validation", means, sums["count"] / (now - self.clock))
+        self.meta["validated_step"] = self.step
+        self.clock = now  # validation is not training time
+        return means["top1"]
+
+    def _log(self, split: str, means: dict[str, float], rate: float) -> None:
+        updates = self.step - len(self.window.bad_steps)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "split": split,
+            **means,
+            "learning_rate": float(self.schedule(max(updates - 1, 0))),
+            "images_per_second": round(rate, 1),
+            "seconds": round(self._seconds(), 3),
+        }
+        self.writer.write(row)
+        left = (self.total_steps - self.step) * self.meta["train_seconds"] / self.step
+        text = (
+            f"epoch {row['epoch']:.2f}/{self.config.train.epochs}  {split:10s}  "
+            f"loss {row['loss']:.4f}  top1 {row['top1']:.4f}  lr {row['learning_rate']:.3g}  "
+            f"{rate:.0f} images/s"
+        )
+        if self.bar.disable:
+            say(f"step {self.step}  {text}  {left:.0f} s left")
+        elif split == "train":
+            self.bar.set_description(text)
+        else:
+            say(text)
+
+    def _save(self, top1: float | None) -> None:
+        sums = self._checked_window()
+        self._lap()
+        saved = {"seconds": self._seconds(), "sums": sums, "bad_steps": self.window.bad_steps}
+        self.checkpoints.save(self.step, self.state, self.meta | saved, top1=top1)
+        self.saved_step = self.step
+        self.clock = time.perf_counter()  # saving is not training time
+
+    def _seconds(self) -> float:
+        return self.meta["seconds"] + time.perf_counter() - self.started
+
+    def _lap(self) -> float:
+        """Seconds of training since the last lap or pause, which are added to the total."""
+        now = time.perf_counter()
+        lap, self.clock = now - self.clock, now
+        self.meta["train_seconds"] += lap
+        return lap
+
+    def _checked_window(self) -> dict[str, float]:
+        """The window's sums. Raises DivergedError before anything past a bad step is logged or saved."""
+        sums = self.window.fetch()
+        allowed, bad = self.config.train.max_bad_steps, self.window.bad_steps
+        if len(bad) <= allowed:
+            return sums
+        step = bad[allowed]
+        ids = [self.splits["train"].ids[i] for i in self.order[step - 1]]
+        path = self.workdir / "diverged.json"
+        write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
+        raise DivergedError(
+            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, ... "
+            f"(all {len(ids)} in {path}): lower config.optim.learning_rate, set "
+            "config.optim.clip_norm, or allow a few with config.train.max_bad_steps"
+        )
+
+    def test(self) -> None:
+        """Opens the test split, once."""
+        state, meta = self.state, self.meta | {"seconds": self._seconds()}
+        if self.config.eval.checkpoint == "best":
+            self.checkpoints.wait()
+            state, meta = self.checkpoints.restore("best", state_target(self.config, self.model))
+
+        def poll() -> None:
+            if self.stop.requested is not None:
+                self.checkpoints.wait()
+                raise self.stop.stopped("training is saved; the same command evaluates")
+
+        evaluate(
+            Classifier(self.config, self.model, state, meta),
+            {name: split for name, split in self.splits.items() if name != "train"},
+            self.workdir,
+            split="test",
+            checkpoint=self.config.eval.checkpoint,
+            poll=poll,
+        )

@@ -1,0 +1,63 @@
+"""Every test runs on four simulated devices, and writes to no cache but its session's own."""
+
+import os
+import tempfile
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="imgcls-test-cache-")
+os.environ.pop("TFDS_DATA_DIR", None)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+ROOT = Path(__file__).parents[1]
+
+
+def small_config(**overrides) -> ConfigDict:
+    """The digits config, a few steps of it; overrides are dotted keys with __ for the dot."""
+    config = importlib.import_module("configs.digits").get_config()
+    settings = {
+        "data__train": "train[:200]",
+        "data__validation": "train[200:290]",
+        "data__test": "test[:50]",
+        "model__widths": (8,),
+        "model__dense_widths": (16,),
+        "train__batch_size": 40,
+        "train__epochs": 2,
+        "train__log_every_steps": 3,
+        "train__validate_every_epochs": 1,
+        "train__checkpoint_every_epochs": 1,
+        "eval__batch_size": 60,
+    }
+    for key, value in (settings | overrides).items():
+        section, name = key.split("__") if "__" in key else (None, key)
+        (config[section] if section else config)[name] = value
+    return config
+
+
+def flags_of(config: ConfigDict) -> list[str]:
+    """The command line that makes the digits config into this one."""
+    from imgcls.experiment import flatten
+
+    default = flatten(importlib.import_module("configs.digits").get_config())
+    return [f"--config.{k}={v}" for k, v in flatten(config).items() if default[k] != v]
+
+
+def run_main(*arguments, **options) -> subprocess.CompletedProcess:
+    """python main.py in a process of its own, on one device; its output as text."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run(command, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_state(monkeypatch):
+    monkeypatch.chdir(ROOT)

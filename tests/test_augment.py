@@ -1,0 +1,317 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from imgcls import augment
+from imgcls.augment import AUGMENTATIONS, compose
+from imgcls.errors import UserError
+
+STRENGTHS = {
+    "flip_probability": 0.25,
+    "rotate_degrees": 30.0,
+    "zoom_fraction": 0.5,
+    "translate_pixels": 1,
+    "brightness": 0.4,
+    "contrast": 0.9,
+    "saturation": 0.9,
+    "cutout_pixels": 4,
+    "mixup_alpha": 1.0,
+    "cutmix_alpha": 1.0,
+}
+MIXING = ["mixup_alpha", "cutmix_alpha"]
+SIMPLE = [name for name in STRENGTHS if name not in MIXING]
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def examples(height=8, width=6, low=0.0, high=1.0):
+    """64 random images, and one-hot labels in which neighbours always differ."""
+    images = np.random.default_rng(0).uniform(low, high, (64, height, width, 3))
+    return jnp.asarray(images, jnp.float32), jnp.asarray(np.eye(4)[np.arange(64) % 4], jnp.float32)
+
+
+@partial(jax.jit, static_argnames="on")
+def run_simple(rng, images, labels, on=True):
+    """The results of all but the mixing ones, by name: one program is quicker to compile."""
+    strengths = STRENGTHS if on else dict.fromkeys(STRENGTHS, 0)
+    return {name: AUGMENTATIONS[name](rng, images, labels, strengths[name]) for name in SIMPLE}
+
+
+def run(name, images, labels, rng=KEY):
+    """(images, labels) in numpy, augmented by one function at its strength above."""
+    if name in MIXING:
+        result = AUGMENTATIONS[name](rng, images, labels, STRENGTHS[name])
+    else:
+        result = run_simple(rng, images, labels)[name]
+    return jax.tree.map(np.asarray, result)
+
+
+def columns_shown(images, down=0, right=0):
+    """Which column, from the centre, shows `down` and `right` of it, where values are columns."""
+    return np.asarray(images[:, 10 + down, 10 + right, 0], np.float64) * 20 - 10
+
+
+def share_moved(labels):
+    """The share that each label, one-hot before, has lost to its neighbour's."""
+    return 1 - labels[np.arange(64), np.arange(64) % 4]
+
+
+def test_every_augmentation_is_tested():
+    assert list(STRENGTHS) == list(AUGMENTATIONS)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_zero_strength_is_the_identity(name):
+    images, labels = examples()
+    if name in MIXING:
+        augmented, targets = AUGMENTATIONS[name](KEY, images, labels, 0)
+    else:
+        augmented, targets = run_simple(KEY, images, labels, on=False)[name]
+    np.testing.assert_array_equal(augmented, images)
+    np.testing.assert_array_equal(targets, labels)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_shape_dtype_and_range_are_kept(name):
+    images, labels = examples()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        augmented, targets = run(name, images.astype(dtype), labels)
+        assert augmented.shape == images.shape and augmented.dtype == dtype
+        assert targets.shape == labels.shape and targets.dtype == jnp.float32
+        assert (augmented >= 0).all() and (augmented <= 1).all()
+        np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_draws_repeat_with_the_key_and_differ_between_keys_and_examples(name):
+    images, labels = examples()
+    alike = np.broadcast_to(images[:1], images.shape).copy()
+    if name in MIXING:
+        alike[1::2] = 0  # as neighbours that are alike would not show it
+    alike = jnp.asarray(alike)
+    first, again, other = (
+        run(name, alike, labels, rng)[0] for rng in (KEY, KEY, jax.random.key(8))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len(np.unique(first[::2].reshape(32, -1), axis=0)) > 1
+
+
+def test_flip_mirrors_some_and_twice_is_the_identity():
+    images, labels = examples()
+    once, _ = run("flip_probability", images, labels)
+    mirrored = (once == images[:, :, ::-1]).all((1, 2, 3))
+    assert (mirrored ^ (once == images).all((1, 2, 3))).all()
+    assert 6 <= mirrored.sum() <= 26
+    twice, _ = run("flip_probability", jnp.asarray(once), labels)
+    np.testing.assert_array_equal(twice, images)
+
+
+@pytest.mark.parametrize("size", [1, 8, 9])
+def test_quarter_turns_are_exact(size):
+    images = examples(size, size)[0][:5]
+    turns = np.arange(-1, 4)
+    radians = jnp.asarray(turns * np.pi / 2, jnp.float32)
+    turned = jax.jit(augment.resample)(images, radians, jnp.ones(5))
+    for image, n, got in zip(images, turns, turned, strict=True):
+        np.testing.assert_array_equal(got, np.rot90(image, n))
+
+
+def test_rotation_and_zoom_draw_from_their_whole_range_and_act_together():
+    images = np.broadcast_to(np.linspace(0, 1, 21)[:, None], (400, 21, 21, 1))
+    both = {"zoom_fraction": 0.5, "rotate_degrees": 30}
+    augments = [compose(rotate_degrees=30), compose(zoom_fraction=0.5), compose(**both)]
+    rotated, zoomed, turned = jax.jit(
+        lambda images, labels: [augment(KEY, images, labels)[0] for augment in augments]
+    )(jnp.asarray(images, jnp.float32), jnp.zeros((400, 2)))
+
+    sines, scales = -columns_shown(rotated, down=4) / 4, 4 / columns_shown(zoomed, right=4)
+    for draws, bound in (np.degrees(np.arcsin(sines)), 30), (np.log(scales), np.log(1.5)):
+        assert -bound - 1e-3 < draws.min() < -0.95 * bound
+        assert 0.95 * bound < draws.max() < bound + 1e-3
+        assert abs(draws.mean()) < 0.15 * bound
+    np.testing.assert_allclose(columns_shown(turned, down=4), -4 * sines / scales, atol=1e-3)
+
+
+def test_zoom_shows_the_middle_larger_and_reflects_around_it():
+    images = jnp.asarray(np.broadcast_to(np.arange(9.0)[:, None], (2, 9, 9, 1)), jnp.float32)
+    larger, smaller = jax.jit(augment.resample)(images, jnp.zeros(2), jnp.array([2.0, 0.5]))
+    np.testing.assert_allclose(larger[0, :, 0], 4 + np.arange(-4, 5) / 2)
+    np.testing.assert_allclose(smaller[0, :, 0], [4, 2, 0, 2, 4, 6, 8, 6, 4])
+
+
+@pytest.mark.parametrize(("pixels", "height", "width"), [(1, 8, 6), (5, 1, 4)])
+def test_translation_is_a_crop_of_the_reflected_image(pixels, height, width):
+    images, labels = examples(height, width)
+    moved, _ = jax.jit(augment.translate, static_argnums=3)(KEY, images, labels, pixels)
+    padded = np.pad(images, [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)], "reflect")
+    shifts = range(2 * pixels + 1)
+    is_crop = np.array(
+        [
+            [(padded[:, y : y + height, x : x + width] == moved).all((1, 2, 3)) for x in shifts]
+            for y in shifts
+        ]
+    )
+    assert is_crop.any((0, 1)).all()
+    assert is_crop.any((0, 2)).all() and is_crop.any((1, 2)).all(), "some shifts are never drawn"
+
+
+def test_brightness_adds_one_number_to_an_image():
+    images, labels = examples(low=0.4, high=0.6)
+    added = run("brightness", images, labels)[0] - np.asarray(images)
+    np.testing.assert_allclose(added.std((1, 2, 3)), 0, atol=1e-6)
+    assert 0.3 < added.max() <= 0.4001 and -0.4001 <= added.min() < -0.3
+
+
+def test_contrast_keeps_means_and_scales_deviations():
+    images, labels = (np.asarray(x) for x in examples(low=0.4, high=0.6))
+    changed, _ = run("contrast", images, labels)
+    np.testing.assert_allclose(changed.mean((1, 2)), images.mean((1, 2)), atol=1e-6)
+    ratios = changed.std((1, 2)) / images.std((1, 2))
+    np.testing.assert_allclose(ratios, np.broadcast_to(ratios[:, :1], ratios.shape), rtol=1e-4)
+    assert 0.0999 <= ratios.min() < 0.3 and 1.7 < ratios.max() < 1.9001
+
+
+def test_saturation_keeps_luma_and_leaves_gray_alone():
+    images, labels = (np.asarray(x) for x in examples(low=0.4, high=0.6))
+    changed, _ = run("saturation", images, labels)
+    luma = np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(changed @ luma, images @ luma, atol=1e-6)
+    ratios = np.ptp(changed, axis=-1) / np.ptp(images, axis=-1)
+    np.testing.assert_allclose(ratios, np.broadcast_to(ratios[:, :1, :1], ratios.shape), rtol=1e-2)
+    assert 0.099 <= ratios.min() < 0.3 and 1.7 < ratios.max() < 1.91
+
+    gray = images[..., :1].repeat(3, axis=-1)
+    np.testing.assert_allclose(run("saturation", gray, labels)[0], gray, atol=1e-6)
+    one_channel, _ = augment.saturation(KEY, images[..., :1], labels, 0.9)
+    np.testing.assert_array_equal(one_channel, images[..., :1])
+
+
+def test_cutout_fills_one_square_with_the_mean():
+    images, labels = (np.asarray(x) for x in examples())
+    cut, _ = run("cutout_pixels", images, labels)
+    blank = (cut != images).any(-1)
+    rows, columns = blank.any(2), blank.any(1)
+    np.testing.assert_array_equal(blank, rows[:, :, None] & columns[:, None, :])
+    for sides in (rows.sum(1), columns.sum(1)):
+        assert set(sides) == {2, 3, 4}, "4, or less where it is cut off at the edge"
+    assert rows.any(0).all() and columns.any(0).all(), "some pixels are never blanked"
+    means = np.broadcast_to(images.mean((1, 2), keepdims=True), cut.shape)
+    np.testing.assert_allclose(cut[blank], means[blank], atol=1e-6)
+
+
+def test_mixup_averages_images_as_labels():
+    images, labels = (np.asarray(x) for x in examples())
+    mixed, targets = run("mixup_alpha", images, labels)
+    share = share_moved(targets)[:, None]
+    expected = (1 - share) * labels + share * np.roll(labels, 1, axis=0)
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    share = share[:, None, None]
+    expected = (1 - share) * images + share * np.roll(images, 1, axis=0)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    assert share.min() < 0.1 and share.max() > 0.9
+
+
+def test_cutmix_labels_match_the_share_of_pixels():
+    images, labels = (np.asarray(x) for x in examples())
+    mixed, targets = run("cutmix_alpha", images, labels)
+    pasted = (mixed == np.roll(images, 1, axis=0)).all(-1)
+    assert (pasted ^ (mixed == images).all(-1)).all()
+    boxes = pasted.any(2)[:, :, None] & pasted.any(1)[:, None, :]
+    np.testing.assert_array_equal(pasted, boxes)
+    share = pasted.mean((1, 2))[:, None]
+    expected = (1 - share) * labels + share * np.roll(labels, 1, axis=0)
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+    assert share.min() < 0.1 and share.max() > 0.6
+
+
+def test_mixup_and_cutmix_together_give_each_example_one_of_them():
+    images, labels = examples()
+    averaged, pasted, either = (
+        compose(**{name: 1.0 for name in names})(KEY, images, labels)
+        for names in (MIXING[:1], MIXING[1:], MIXING)
+    )
+
+    def same(one, other):
+        gaps = [np.abs(np.subtract(a, b)).reshape(64, -1).max(1) for a, b in zip(one, other)]
+        return np.maximum(*gaps) < 1e-6
+
+    assert (same(either, averaged) | same(either, pasted)).all()
+    assert 16 <= same(either, averaged).sum() <= 48
+
+
+def test_compose_applies_in_the_order_of_the_registry_each_with_its_own_key():
+    names = ["cutout_pixels", "contrast", "translate_pixels", "flip_probability"]
+    composed = compose(saturation=0, **{name: STRENGTHS[name] for name in names})
+
+    def by_hand(rng, *examples):
+        for i, name in enumerate(AUGMENTATIONS):
+            if name in names:
+                rng_of_name = jax.random.fold_in(rng, i)
+                examples = AUGMENTATIONS[name](rng_of_name, *examples, STRENGTHS[name])
+        return examples
+
+    got, want = jax.jit(lambda *args: (composed(*args), by_hand(*args)))(KEY, *examples())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_nothing_on_is_the_identity():
+    images, labels = examples()
+    for composed in compose(), compose(**dict.fromkeys(AUGMENTATIONS, 0)):
+        assert composed(KEY, images, labels) == (images, labels)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_one_device_equals_many_and_only_mixing_communicates(mixing):
+    if mixing:
+        function = jax.jit(lambda *args: {"cutmix_alpha": augment.cutmix(*args, 1.0)})
+    else:
+        function = run_simple
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(examples(), NamedSharding(mesh, PartitionSpec("data")))
+    compiled = function.lower(KEY, *split).compile()
+    assert ("collective-permute(" in compiled.as_text()) == (mixing and jax.device_count() > 1)
+    assert "all-gather(" not in compiled.as_text()
+    for name, many in compiled(KEY, *split).items():
+        one = run(name, *examples())
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), many, one)
+
+
+def test_pmap_equals_each_device_alone():
+    n = jax.device_count()
+    images, labels = (np.stack([x] * n) for x in examples())
+    rngs = jax.random.split(KEY, n)
+    translate = partial(augment.translate, pixels=1)
+    mapped, _ = jax.pmap(translate)(rngs, images, labels)
+    for i in range(n):
+        alone, _ = run("translate_pixels", *examples(), rngs[i])
+        np.testing.assert_array_equal(mapped[i], alone)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [
+        ({"rotate_degree": 5}, r"augment\.rotate_degree is unknown: did you mean rotate_degrees\?"),
+        ({"sharpness": 1}, r"augment\.sharpness is unknown: .*flip_probability, .*cutmix_alpha"),
+        ({"flip_probability": 1.5}, r"augment\.flip_probability .* between 0 and 1, not 1\.5"),
+        ({"rotate_degrees": -1}, r"augment\.rotate_degrees .* between 0 and 180, not -1"),
+        ({"mixup_alpha": -0.1}, r"augment\.mixup_alpha .* at least 0, not -0\.1"),
+        ({"zoom_fraction": float("inf")}, r"augment\.zoom_fraction .* not inf"),
+        ({"cutmix_alpha": float("nan")}, r"augment\.cutmix_alpha .* not nan"),
+        ({"translate_pixels": 1.5}, r"augment\.translate_pixels must be a whole number, not 1\.5"),
+        ({"contrast": "much"}, r"augment\.contrast must be a number .* not 'much'"),
+    ],
+)
+def test_wrong_names_and_strengths_are_refused(strengths, message):
+    with pytest.raises(UserError, match=message) as error:
+        compose(**strengths)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,138 @@
+"""Comparing runs: paired statistics by hand, the refusals, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from imgcls.compare import as_text, compare
+from imgcls.errors import UserError
+from tests.finished_run import random_logits, write_run
+
+
+def logits_of(predicted):
+    """float32[N, 3] whose argmax is as given."""
+    return np.eye(3, dtype=np.float32)[np.asarray(predicted)]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Of 100 examples, B wins 8 that A loses and loses 2 that A wins, all of class 1."""
+    labels = np.repeat([0, 1], 50).astype(np.int32)
+    a, b = labels.copy(), labels.copy()
+    a[50:58] = 2
+    b[90:92] = 0
+    both_wrong = [0, 1, 2]
+    a[both_wrong] = b[both_wrong] = 1
+    common = {"temperature": None, "seconds": 60.0, "parameters": 1000}
+    config = {"seed": 0, "model": {"name": "cnn", "width": 8}}
+    other = {"seed": 0, "model": {"name": "mlp", "width": 8}, "new": True}
+    return [
+        write_run(tmp_path / "a", logits_of(a), labels, config=config, **common),
+        write_run(tmp_path / "b", logits_of(b), labels, config=other, **common),
+    ]
+
+
+def test_a_paired_difference_by_hand(runs):
+    comparison = compare(runs)
+    a, b = comparison["runs"]
+    assert (a["letter"], a["top1"], b["letter"], b["top1"]) == ("A", 0.89, "B", 0.95)
+    assert (a["seconds"], a["images_per_second"], a["parameters"]) == (60.0, None, 1000)
+    (row,) = comparison["differences"]
+    assert (row["letter"], row["gained"], row["lost"]) == ("B", 8, 2)
+    assert row["difference"] == pytest.approx(0.06)
+    assert row["p_value"] == pytest.approx(2 * (1 + 10 + 45) / 2**10)  # the tails of ten coins
+    zero, one, absent = comparison["per_class"]
+    assert zero["recall"] == [0.94, 0.94]
+    assert one["recall"] == pytest.approx([0.84, 0.96])
+    assert (absent["support"], absent["recall"]) == (0, [None, None])
+    assert comparison["config"] == {"model.name": ["cnn", "mlp"], "new": [None, True]}
+
+
+def test_the_interval_repeats_and_is_the_bootstrap_of_paired_examples(runs):
+    interval = compare(runs)["differences"][0]["interval"]
+    assert interval == compare(runs)["differences"][0]["interval"]
+    values = np.array([1] * 8 + [-1] * 2 + [0] * 90)
+    draws = np.random.default_rng(5).choice(values, (20_000, 100)).mean(axis=1)
+    assert interval == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.0101)
+
+
+def test_the_order_of_two_runs_only_turns_the_sign(runs):
+    (forth,), (back,) = (compare(order)["differences"] for order in (runs, runs[::-1]))
+    assert forth["difference"] == -back["difference"]
+    assert forth["p_value"] == back["p_value"]
+    assert (forth["gained"], forth["lost"]) == (back["lost"], back["gained"])
+
+
+def test_a_run_does_not_differ_from_itself(runs):
+    comparison = compare([runs[0], runs[0], runs[1]])
+    same, other = comparison["differences"]
+    assert (same["difference"], same["interval"], same["p_value"]) == (0, [0, 0], 1)
+    assert (other["letter"], other["gained"]) == ("C", 8)
+    assert other["p_value"] == binomtest(8, 10).pvalue
+
+
+def test_runs_of_different_test_examples_are_refused(tmp_path):
+    logits, labels = random_logits(30, 3)
+    ids = [f"test/{i}" for i in range(30)]
+    a = write_run(tmp_path / "a", logits, labels, ids=ids)
+    other_labels, other_ids = labels.copy(), ids.copy()
+    other_labels[4], other_ids[7] = 2, "test/x"
+    for run, difference in [
+        (
+            write_run(tmp_path / "b", logits, other_labels),
+            "example 4 is 'test/4' of class 'class 1'",
+        ),
+        (write_run(tmp_path / "c", logits, labels, ids=other_ids), "example 7 is .* and 'test/x'"),
+        (write_run(tmp_path / "d", logits[:20], labels[:20]), "30 and 20 examples"),
+        (write_run(tmp_path / "e", logits, labels, ["x", "y", "z"]), "their classes differ"),
+    ]:
+        with pytest.raises(UserError, match=f"tested on different examples .{difference}"):
+            compare([a, run])
+
+
+def test_one_run_is_nothing_to_compare(runs):
+    with pytest.raises(UserError, match="at least two workdirs"):
+        compare(runs[:1])
+
+
+def test_a_missing_run_is_named(runs, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/config\.json does not exist"):
+        compare([runs[0], tmp_path / "nowhere"])
+
+
+def test_no_name_drives_the_terminal(tmp_path):
+    names = ["\x1b[31mred", "two\nlines", "long" * 50]
+    logits, labels = random_logits(30, 3)
+    runs = [
+        write_run(tmp_path / "a", logits, labels, names, config={"key": "\x1b]0;title\x07"}),
+        write_run(tmp_path / "b", -logits, labels, names, config={"key": [1, 2]}),
+    ]
+    text = as_text(compare(runs))
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "two?lines" in text and "?[31mred" in text and "[1, 2]" in text
+    assert max(map(len, text.splitlines())) < 250
+
+
+def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
+    (tmp_path / "two").mkdir()
+    hostile = "<script>alert(1)</script>"
+    config = json.loads((runs[1] / "config.json").read_text()) | {"note": hostile}
+    (runs[1] / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "imgcls.compare", *map(str, runs)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "B - A: +6.00 points" in done.stdout and "McNemar p = 0.11" in done.stdout
+    assert "class 1 +12.0" in done.stdout
+    assert done.stdout.endswith("\ncompare.html\n")
+    page = (tmp_path / "two" / "compare.html").read_text()
+    assert "Content-Security-Policy" in page and "+6.00" in page
+    assert hostile not in page and "&lt;script&gt;alert(1)" in page

@@ -1,0 +1,132 @@
+"""Rules of configs; every config that is shipped takes one step."""
+
+import importlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgcls import experiment
+from imgcls.errors import UserError
+from imgcls.losses import cross_entropy
+from imgcls.state import create_state
+from imgcls.steps import train_step
+from imgcls.workdir import write_json
+from tests.conftest import ROOT, small_config
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_takes_a_finite_step(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    experiment.validate(config)
+    config.model.dtype = "float32"
+    for key, few in (("widths", 8), ("dense_widths", 8)):
+        if key in config.model:
+            config.model[key] = (few,) * len(config.model[key])
+    model = experiment.build_model(config, 10)
+    tx = experiment.build_optimizer(config, experiment.build_schedule(config, steps_per_epoch=9))
+    shape = (2, *config.data.image_size, config.data.channels)
+    create = jax.jit(partial(create_state, model=model, tx=tx, ema=config.optim.ema_decay > 0))
+    state = create(jax.random.key(0), jnp.zeros(shape))
+    batch = {
+        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+        "label": np.array([3, 7], np.int32),
+        "mask": np.ones(2, bool),
+    }
+    step = partial(
+        train_step,
+        model=model,
+        tx=tx,
+        preprocess=experiment.build_preprocess(config),
+        augment=experiment.build_augment(config),
+        loss_fn=partial(cross_entropy, label_smoothing=config.optim.label_smoothing),
+        ema_decay=config.optim.ema_decay,
+    )
+    state, metrics = jax.jit(step)(state, batch, jax.random.key(1))
+    assert metrics["bad"] == 0 and np.isfinite(metrics["loss"]) and state.step == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            {"optim__learning_rate": float("nan")},
+            "config.optim.learning_rate=nan must be a number over 0",
+        ),
+        ({"train__batch_size": -8}, "config.train.batch_size=-8 must be a whole number"),
+        ({"train__batch_size": 42}, "multiple of the 4 devices"),
+        ({"data__image_size": (8, -8)}, "config.data.image_size"),
+        ({"data__image_size": (8,)}, "config.data.image_size"),
+        ({"data__mean": (0.1, 0.2)}, "one number for each of the channels"),
+        ({"data__std": (0.0,)}, "config.data.std"),
+        ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),
+        ({"model__widths": (8, 0)}, "config.model.widths"),
+        ({"model__dropout_rate": 1.0}, "config.model.dropout_rate"),
+        ({"optim__name": "sdg"}, "one of sgd, adamw, lion, muon"),
+        ({"optim__warmup_epochs": 3.0}, "more than config.train.epochs"),
+        ({"augment__flip_probability": 1.5}, "config.augment.flip_probability"),
+        ({"augment__rotate_degrees": -1.0}, "config.augment.rotate_degrees"),
+        ({"data__validation": "", "eval__checkpoint": "best"}, "config.eval.checkpoint=best needs"),
+        ({"seed": -1}, "config.seed=-1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(overrides, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        experiment.validate(small_config(**overrides))
+
+
+def test_a_missing_and_an_unknown_key_are_refused_by_name():
+    config = small_config().copy_and_resolve_references()
+    del config.optim.momentum
+    with pytest.raises(UserError, match=r"config\.optim\.momentum is missing"):
+        experiment.validate(config)
+    config = small_config()
+    config.optim.unlock()
+    config.optim.momentun = 0.9
+    with pytest.raises(UserError, match=r"momentun .* did you mean config\.optim\.momentum"):
+        experiment.validate(config)
+    config = small_config()
+    config.augment.unlock()
+    config.augment.rotate = 1.0
+    with pytest.raises(UserError, match="rotate"):
+        experiment.validate(config)
+
+
+def test_a_network_that_pools_more_often_than_the_image_allows_is_refused():
+    with pytest.raises(UserError, match="halves the image 4 times"):
+        experiment.build_model(small_config(model__widths=(4, 4, 4, 4)), 10)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_validation_must_not_share_examples(split):
+    overrides = {"data__validation": f"{split}[10:30]"}
+    with pytest.raises(UserError, match="shares examples"):
+        experiment.open_splits(small_config(**overrides), "train")
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = small_config()
+    write_json(tmp_path / "config.json", experiment.to_json(config))
+    loaded = experiment.load_config(tmp_path)
+    assert experiment.flatten(loaded) == experiment.flatten(config)
+
+
+def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
+    saved = experiment.to_json(small_config())
+    check = lambda **overrides: experiment.check_resumable(
+        saved, small_config(**overrides), Path("runs/x")
+    )
+    check(data__dir="/elsewhere", train__log_every_steps=1, model__cpu_kernels="off")
+    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.5 \(was .*another --workdir"):
+        check(optim__learning_rate=0.5)
+    with pytest.raises(UserError, match="more epochs would be another run"):
+        check(train__epochs=9)
+    saved = experiment.to_json(small_config(optim__schedule="constant"))
+    check(optim__schedule="constant", train__epochs=9)
+    with pytest.raises(UserError, match="train.epochs=1"):
+        check(optim__schedule="constant", train__epochs=1)

@@ -1,0 +1,81 @@
+"""The command as its users type it: each mistake costs seconds and gets one line."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, flags_of, run_main, small_config
+
+DIGITS = "--config=configs/digits.py"
+
+
+def refused(*arguments, code=2):
+    """The one line that the command printed."""
+    result = run_main(*arguments)
+    assert result.returncode == code, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    return errors[0]
+
+
+def test_the_command_trains_evaluates_and_says_where_to_look(tmp_path):
+    workdir = tmp_path / "a run, with spaces and ünïcödé"
+    result = run_main(DIGITS, f"--workdir={workdir}", *flags_of(small_config()))
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", last)
+    again = run_main(DIGITS, f"--workdir={workdir}", *flags_of(small_config()))
+    assert again.returncode == 0 and "already finished" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir=w"], "--config is missing"),
+        ([DIGITS], "--workdir is missing"),
+        ([DIGITS, "--workdir=w", "--config.optim.learning_rat=1"], 'mean "?learning_rate'),
+        ([DIGITS, "--workdir=w", "--config.optim.learning_rate=nan"], "learning_rate=nan must be"),
+        ([DIGITS, "--workdir=w", "--config.train.epochs=1.5"], "config.train.epochs"),
+        ([DIGITS, "--workdir=w", "--config.data.name=mnits"], "mnist"),
+        ([DIGITS, "--workdir=w", "--config.model.name=cnm"], "one of cnn, mlp"),
+        ([DIGITS, "--workdir=w", "--wrkdir=x"], "wrkdir"),
+        ([DIGITS, "--workdir=w", "stray"], "unexpected argument 'stray'"),
+        (["--config=configs/nothing.py", "--workdir=w"], "configs/nothing.py"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_refused_in_one_line(tmp_path, arguments, message):
+    arguments = [a.replace("--workdir=w", f"--workdir={tmp_path / 'w'}") for a in arguments]
+    assert re.search(message, refused(*arguments))
+
+
+def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert f"--workdir={tmp_path / 'file'}" in refused(DIGITS, f"--workdir={tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "mine"
+    inside = tmp_path / "file" / "run"
+    assert f"--workdir={inside}" in refused(DIGITS, f"--workdir={inside}")
+    assert "--workdir=/proc/run cannot be used" in refused(DIGITS, "--workdir=/proc/run")
+
+
+def test_debug_adds_the_traceback(tmp_path):
+    result = run_main(DIGITS, f"--workdir={tmp_path}", "--config.train.epochs=0", "--debug")
+    assert result.returncode == 2 and "Traceback" in result.stderr and "\nerror: " in result.stderr
+
+
+def test_help_tells_how_to_start():
+    result = run_main("--help")
+    assert result.returncode == 0
+    assert "python main.py --config=configs/cifar10.py --workdir=" in result.stdout
+    assert "--debug" in result.stdout and "--workdir" in result.stdout
+
+
+def test_importing_the_project_imports_neither_tensorflow_nor_what_only_reports_need():
+    code = (
+        "import sys, imgcls, imgcls.train, imgcls.evaluate; from imgcls import load; "
+        "print({'tensorflow', 'sklearn', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stdout + result.stderr

@@ -1,0 +1,97 @@
+"""Every model: shapes, dtypes, parameter counts that the papers state."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from imgcls.models import MODELS
+from imgcls.models.common import max_pool
+from imgcls.state import count_parameters
+
+
+def shapes_of(name, size, channels=3, classes=10, **fields):
+    model = MODELS[name](num_classes=classes, **fields)
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    init = lambda x: model.init(jax.random.key(0), x, train=False)
+    variables = jax.eval_shape(init, images)
+    logits = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return variables, logits
+
+
+CASES = [
+    ("cnn", 8, {"widths": (8, 16)}),
+    ("cnn", 32, {}),
+    ("cnn", 33, {"dense_widths": (7,), "convs_per_block": 3}),
+    ("cnn", 224, {"widths": (8,) * 6}),
+    ("mlp", 8, {}),
+    ("resnet", 32, {"depth": 18}),
+    ("resnet", 32, {"depth": 34, "preactivation": True}),
+    ("resnet", 224, {"depth": 50, "stem": "imagenet"}),
+    ("wide_resnet", 32, {"depth": 10, "width_factor": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, size, fields", CASES)
+def test_logits_and_parameters_are_float32_in_any_precision(name, size, fields, dtype):
+    variables, logits = shapes_of(name, size, dtype=jnp.dtype(dtype), **fields)
+    assert logits.shape == (2, 10) and logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "name, size, classes, fields, millions",
+    [
+        ("resnet", 224, 1000, {"depth": 18, "stem": "imagenet"}, 11.69),
+        ("resnet", 224, 1000, {"depth": 34, "stem": "imagenet"}, 21.80),
+        ("resnet", 224, 1000, {"depth": 50, "stem": "imagenet"}, 25.56),
+        ("resnet", 32, 10, {"depth": 18}, 11.17),
+        ("wide_resnet", 32, 10, {"depth": 28, "width_factor": 10}, 36.48),
+        ("wide_resnet", 32, 10, {"depth": 16, "width_factor": 8}, 10.96),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, size, classes, fields, millions):
+    variables, _ = shapes_of(name, size, classes=classes, **fields)
+    assert count_parameters(variables["params"]) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_computes_what_float32_does(name):
+    fields = {
+        "wide_resnet": {"depth": 10, "width_factor": 1},
+        "resnet": {"depth": 18},
+        "cnn": {"widths": (8, 16)},
+    }
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    single = MODELS[name](num_classes=10, **fields.get(name, {}))
+    half = single.clone(dtype=jnp.bfloat16)
+    variables = jax.jit(partial(single.init, train=False))(jax.random.key(1), images)
+    a, b = (jax.jit(partial(m.apply, train=False))(variables, images) for m in (single, half))
+    np.testing.assert_allclose(a, b, atol=0.05 * float(jnp.abs(a).max()))
+    assert (a != b).any()  # it really computes in another precision
+
+
+def test_max_pool_is_linens_and_so_is_its_gradient_without_ties():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    linen = lambda x: nn.max_pool(x, (2, 2), (2, 2))
+    np.testing.assert_array_equal(max_pool(x), linen(x))
+    weigh = lambda pool: lambda x: (pool(x) * jnp.arange(2 * 3 * 3 * 3).reshape(2, 3, 3, 3)).sum()
+    np.testing.assert_array_equal(jax.grad(weigh(max_pool))(x), jax.grad(weigh(linen))(x))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_residual_block_starts_near_the_identity(preactivation):
+    model = MODELS["resnet"](num_classes=10, depth=18, preactivation=preactivation)
+    init = jax.jit(partial(model.init, train=False))
+    variables = init(jax.random.key(0), jnp.ones((2, 16, 16, 3)))
+    scales = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
+        if jax.tree_util.keystr(path).endswith("'scale']")
+    ]
+    zero = sum(not s.any() for s in scales)
+    assert zero == (0 if preactivation else 8)  # one for each block where the norm comes last

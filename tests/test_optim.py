@@ -1,0 +1,70 @@
+"""Schedules reach what they promise; optimisers move the right parameters."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
+
+PARAMS = {
+    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+    "dense": {"kernel": jnp.ones((4, 5)), "scale": jnp.ones(5)},
+}
+ZEROS = {k: {n: jnp.zeros_like(p) for n, p in v.items()} for k, v in PARAMS.items()}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_warm_up_to_the_peak_and_end_where_they_should(name):
+    schedule = create_schedule(name, learning_rate=2.0, warmup_steps=10, total_steps=110)
+    assert schedule(0) == 0 and schedule(5) == pytest.approx(1) and schedule(10) == pytest.approx(2)
+    end = {"constant": 2.0, "cosine": 0.0, "linear": 0.0, "step": 0.02}[name]
+    assert schedule(110) == pytest.approx(end, abs=1e-6)
+    values = [float(schedule(i)) for i in range(10, 111)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_shrinks_kernels_and_nothing_else(name):
+    tx = create_optimizer(
+        name, optax.constant_schedule(0.1), momentum=0.9, weight_decay=0.5, clip_norm=0.0
+    )
+    updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
+    new = optax.apply_updates(PARAMS, updates)
+    for layer, leaf in (("conv", "kernel"), ("dense", "kernel")):
+        assert (new[layer][leaf] < 1).all()
+    assert (new["conv"]["bias"] == 1).all() and (new["dense"]["scale"] == 1).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    tx = create_optimizer(
+        name, optax.constant_schedule(0.02), momentum=0.9, weight_decay=0.0, clip_norm=1.0
+    )
+    params, state = PARAMS, tx.init(PARAMS)
+    size = lambda params: float(optax.tree.norm(params))
+    for _ in range(20):
+        updates, state = tx.update(params, state, params)  # the gradient of half the squared norm
+        params = optax.apply_updates(params, updates)
+    assert size(params) < 0.95 * size(PARAMS)
+
+
+def test_clipping_bounds_the_update():
+    tx = create_optimizer(
+        "sgd", optax.constant_schedule(1.0), momentum=0.0, weight_decay=0.0, clip_norm=0.5
+    )
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5)
+
+
+def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
+    tx = create_optimizer(
+        "muon", optax.constant_schedule(1.0), momentum=0.9, weight_decay=0.0, clip_norm=0.0
+    )
+    params = {"kernel": jnp.zeros((3, 3, 2, 4))}
+    u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=(18, 4)), full_matrices=False)
+    gradient = (u * [1.0, 2.0, 5.0, 10.0]) @ v
+    grads = {"kernel": jnp.asarray(gradient.reshape(3, 3, 2, 4), jnp.float32)}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    singular = np.linalg.svd(np.asarray(updates["kernel"]).reshape(18, 4), compute_uv=False)
+    assert singular.max() < 2 * singular.min()

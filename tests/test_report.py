@@ -1,0 +1,337 @@
+"""The report: what it says, that it trusts no text, and that it works in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcls import report
+from imgcls.errors import UserError
+from tests.browser import CHROMIUM, Browser
+from tests.finished_run import random_logits, write_run
+
+HOSTILE = [
+    "<script>document.title='broken'</script>",
+    "\"><img src=x onerror=alert(1)>' onclick='x",
+    "{{ 7 * 7 }} $\\frac{1}{2}$ &amp;",
+    "\u202eright to left\u202c שלום",
+    "two\nlines",
+    "long " * 40,
+    "--><style>*{display:none}</style>",
+]
+
+
+class Page(HTMLParser):
+    """tags: (name, attributes) in order; texts: what stands between them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags, self.texts = [], []
+        self.feed(self.html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def of(self, tag, **attributes):
+        items = attributes.items()
+        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in items)]
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def gray_images(positions):
+    """Images of one pixel value each: the position that they were asked for."""
+    return np.broadcast_to(
+        np.asarray(positions, np.uint8)[:, None, None, None], (len(positions), 8, 8, 1)
+    )
+
+
+def write_report(workdir, **arguments):
+    return Page(report.write_report(workdir, gallery_images=gray_images, **arguments))
+
+
+def decode(uri):
+    header, _, content = uri.partition(";base64,")
+    assert header.startswith("data:image/")
+    return base64.b64decode(content)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with everything that a report can show."""
+    workdir = write_run(
+        tmp_path / "run",
+        *random_logits(200, 7),
+        temperature=1.3,
+        config={"seed": 3, "data": {"name": "toy", "mean": [0.5]}, "model": {"name": "cnn"}},
+        dataset="toy",
+        split="test",
+        checkpoint="last",
+        step=40,
+        epochs=2,
+        seed=3,
+        seconds=75.0,
+        images_per_second=1234.0,
+        parameters=98765,
+        device="4 x cpu",
+        git_commit="c0ffee",
+        versions={"jax": "0.10.2"},
+    )
+    rows = [
+        {"epoch": e, "step": 20 * e, "split": split, "loss": 1 / e, "top1": 0.5, **extra}
+        for e in (1, 2)
+        for split, extra in [
+            ("train", {"learning_rate": 0.1, "images_per_second": 1000.0}),
+            ("validation", {"learning_rate": None, "images_per_second": None}),
+        ]
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 3, "spl')
+    looks = [{"checkpoint": "last", "step": 40, "time": f"2026-01-0{day}"} for day in (1, 2)]
+    (workdir / "test_evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in looks))
+    return workdir
+
+
+def test_it_says_what_the_files_say(run):
+    page = write_report(run, sample_images=gray_images([1, 2, 3]))
+    results = json.loads((run / "results.json").read_text())
+    low, high = results["top1_interval"]
+    right = round(200 * results["top1"])
+    for text in (
+        f"{100 * results['top1']:.2f} %",
+        f"of 200 examples are classified correctly: {right} right, {200 - right} wrong",
+        f"{100 * low:.2f} to {100 * high:.2f} %",
+        "98,765",
+        "1 min 15 s",
+        "evaluated 2 times",
+        "2026-01-02",
+        "0.10.2",
+        "c0ffee",
+        "At temperature 1.300",
+    ):
+        assert text in page.words, text
+    captions = ["Loss", "Top-1 accuracy", "Learning rate", "Training images per second"]
+    assert all(caption in page.texts for caption in captions)
+    assert {"data", "mean", "[0.5]"} <= set(page.texts)
+    assert len(page.of("ul", **{"class": "gallery samples"})) == 1
+
+
+def test_galleries_hold_the_surest_mistakes_and_the_least_sure(tmp_path):
+    """One example of each kind, by hand; image i has pixels of value i."""
+    logits = np.array([[9, 0], [8, 0], [5, 0], [0, 0.1], [0, 7]], np.float32)
+    labels = np.array([0, 1, 1, 1, 1], np.int32)
+    page = write_report(write_run(tmp_path, logits, labels, ["no", "yes"]))
+    images = [a for a in page.of("img") if a.get("title", "").startswith("test/")]
+    pixels = [np.unique(Image.open(io.BytesIO(decode(a["src"])))).tolist() for a in images]
+    assert pixels == [[1], [2], [3], [2], [4], [1], [0]]
+    assert [a["title"] for a in images] == [f"test/{i}" for (i,) in pixels]
+    assert f"no , {100 / (1 + np.exp(-8)):.1f}% is yes" in page.words
+
+
+def test_a_perfect_model_has_no_mistakes_to_show(tmp_path):
+    page = write_report(write_run(tmp_path, 5 * np.eye(3, dtype=np.float32), np.arange(3)))
+    assert "every example is classified correctly" in page.words
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    logits, labels = random_logits(70, len(HOSTILE))
+    hostile = HOSTILE[1]
+    workdir = write_run(
+        tmp_path / "<b>&run",
+        logits,
+        labels,
+        HOSTILE,
+        ids=[f"{hostile}{i}" for i in range(70)],
+        config={"data": {"name": hostile, hostile: [HOSTILE[0]]}},
+        dataset=HOSTILE[0],
+        device=hostile,
+        versions={hostile: hostile},
+        checkpoint=hostile,
+    )
+    line = {"epoch": 1, "split": HOSTILE[0], "loss": 1.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_report(workdir)
+    clean = write_report(write_run(tmp_path / "clean", logits, labels))
+    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in clean.tags}
+    assert len(page.of("script")) == 1 and len(page.of("style")) == 1
+    known = {
+        "src",
+        "srcset",
+        "href",
+        "content",
+        "class",
+        "title",
+        "alt",
+        "id",
+        "name",
+        "data-value",
+    }
+    known |= {"charset", "lang", "rel", "media", "width", "height", "type", "scope", "http-equiv"}
+    assert {key for _, attributes in page.tags for key in attributes} <= known
+    titles = {a.get("title") for a in page.of("bdi")}
+    for name in HOSTILE:
+        shown = " ".join(name.split())
+        assert name in page.texts or (name in titles and f"{shown[:30]}" in page.words), name
+    assert all(decode(a["src"]) for a in page.of("img"))
+
+
+def test_no_name_enters_a_figure(tmp_path):
+    names = [f"name {k} $x_1$" for k in range(7)]
+    page = write_report(write_run(tmp_path, *random_logits(70, 7), names))
+    figures = [a["src"] for a in page.of("img")] + [a["srcset"] for a in page.of("source")]
+    drawings = [decode(uri).decode() for uri in figures if uri.startswith("data:image/svg")]
+    assert len(drawings) == 6
+    assert not any("name" in re.sub("(?i)font-family|fontname", "", text) for text in drawings)
+
+
+@pytest.mark.parametrize("surrogate", ["caf\udce9"])
+def test_file_names_that_are_not_utf8_are_shown_as_far_as_they_go(tmp_path, surrogate):
+    page = write_report(write_run(tmp_path, *random_logits(10, 2), [surrogate, "b"]))
+    assert "caf?" in page.texts
+
+
+def test_the_policy_admits_nothing_from_elsewhere(run):
+    page = write_report(run, sample_images=gray_images([1]))
+    (meta,) = page.of("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert page.html.index("Content-Security-Policy") < page.html.index("<style>")
+    policy = dict(part.strip().split(" ", 1) for part in meta["content"].split(";"))
+    assert policy["default-src"] == "'none'" and policy["img-src"] == "data:"
+    for tag in ("style", "script"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", page.html, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    for _, attributes in page.tags:
+        assert "style" not in attributes
+        for key in {"src", "srcset", "href"} & attributes.keys():
+            assert attributes[key].startswith("data:")
+    assert not re.search(r"url\(|@import|https?:", re.sub(r"base64,[^\"]*", "", page.html))
+
+
+def test_two_classes(tmp_path):
+    page = write_report(write_run(tmp_path, *random_logits(50, 2)))
+    cells = [a for a in page.of("td") if "heat" in a.get("class", "")]
+    assert len(cells) == 4
+    assert "Top-5 accuracy" not in page.texts
+
+
+def test_a_hundred_classes_are_a_picture_and_their_worst_pairs(tmp_path):
+    logits, labels = random_logits(1000, 100)
+    logits[labels == 7] = 0
+    logits[labels == 7, 42] = 9
+    logits[labels == 99] = -9
+    logits[labels == 99, 99] = 9
+    page = write_report(write_run(tmp_path, logits, labels))
+    assert not [a for a in page.of("td") if "heat" in a.get("class", "")]
+    (matrix,) = page.of("img", alt="Confusion matrix of 100 classes")
+    pixels = np.array(Image.open(io.BytesIO(decode(matrix["src"]))))
+    assert pixels.shape == (100, 100, 4)
+    assert pixels[99, 99, 3] == 255 and pixels[99, 0, 3] == 0 and pixels[7, 7, 3] == 0
+    assert pixels[7, 42, 3] == pixels[~np.eye(100, dtype=bool)][:, 3].max() > 150
+    assert "Confused most often Truth Prediction Examples % of class class 7 class 42 10 100.0" in (
+        page.words
+    )
+    assert len(page.of("th", scope="row")) == 102
+    assert "94 more in grey" in page.texts
+
+
+def test_an_absent_class_has_no_scores(tmp_path):
+    logits, labels = random_logits(60, 4)
+    page = write_report(write_run(tmp_path, logits[labels != 2], labels[labels != 2]))
+    assert "–" in page.texts
+    assert "" in {a["data-value"] for a in page.of("td") if "data-value" in a}
+
+
+def test_a_run_without_validation_history_or_samples(tmp_path):
+    page = write_report(write_run(tmp_path, *random_logits(30, 3)))
+    assert "No temperature was fitted" in page.words
+    assert not {"Learning", "Training images"} & set(page.texts)
+
+
+def test_it_overwrites_the_page_and_only_the_page(run):
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    write_report(run)
+    write_report(run)
+    after = {path: path.read_bytes() for path in run.iterdir()}
+    assert after.keys() - before.keys() == {run / "report.html"}
+    assert all(after[path] == content for path, content in before.items())
+
+
+def test_files_that_are_missing_or_broken_are_named(run):
+    predictions = run / "predictions.npz"
+    content = predictions.read_bytes()
+    labels = np.zeros(200, np.int32)
+
+    def fails(match):
+        with pytest.raises(UserError, match=match) as error:
+            write_report(run)
+        assert "\n" not in str(error.value)
+
+    predictions.unlink()
+    fails("predictions.npz does not exist: .*python -m imgcls.evaluate --workdir=")
+    predictions.write_bytes(content[: len(content) // 2])
+    fails("predictions.npz is broken")
+    np.savez(predictions, logits=np.zeros((3, 7)), labels=labels, ids=labels)
+    fails("predictions.npz is broken .its shapes are not those of results.json")
+    np.savez(predictions, logits=np.zeros((200, 7)), labels=labels, ids=np.array([None] * 200))
+    fails("predictions.npz is broken .*allow_pickle")
+    predictions.write_bytes(content)
+    (run / "results.json").write_text("[]")
+    fails("results.json is broken")
+    (run / "report.html").mkdir()
+    write_run(run, *random_logits(200, 7))
+    fails("cannot write .*report.html: Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (9.26, "9.3 s"), (245, "4 min 05 s"), (3600, "1 h 00 min"), (7384, "2 h 03 min")],
+)
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
+def test_in_a_browser(tmp_path):
+    logits, labels = random_logits(140, 7)
+    logits, labels = logits[labels != 2], labels[labels != 2]
+    workdir = write_run(tmp_path / "run", logits, labels, HOSTILE, temperature=1.2)
+    write_report(workdir, sample_images=gray_images(range(8)))
+    with Browser() as browser:
+        for width, scheme in [(1200, "light"), (390, "dark")]:
+            browser.open(workdir / "report.html", width=width, scheme=scheme)
+            assert browser.evaluate("document.title") != "broken"
+            assert not browser.happened("Log.entryAdded", "Runtime.exceptionThrown")
+            requests = browser.happened("Network.requestWillBeSent")
+            schemes = {event["request"]["url"].partition(":")[0] for event in requests}
+            assert schemes <= {"file", "data"}
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate(
+                "[...document.images].every(i => i.complete && i.naturalWidth > 0)"
+            )
+        paper = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        assert sum(map(int, re.findall(r"\d+", paper))) < 150  # dark
+        recall = (
+            "[...document.querySelectorAll('#classes tbody tr')].map(r => r.cells[2].innerText)"
+        )
+        unsorted = browser.evaluate(recall)
+        press = "document.querySelectorAll('#classes th button')[2].click()"
+        numbers = sorted(float(value) for value in unsorted if value != "–")
+        for expected in (numbers, numbers[::-1]):
+            browser.evaluate(press)
+            *values, last = browser.evaluate(recall)
+            assert [float(value) for value in values] == expected != unsorted
+            assert last == "–"  # the absent class stays last either way
+        browser.evaluate("document.querySelectorAll('#classes th button')[0].click()")
+        assert browser.evaluate(recall) == unsorted

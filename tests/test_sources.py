@@ -1,0 +1,274 @@
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from imgcls.errors import BadExampleError, UserError
+from imgcls.sources import open_sources
+
+
+def open_folder(root, **options):
+    return open_sources("image_folder", data_dir=str(root), **{"channels": 3} | options)
+
+
+def make_folder(root: Path, counts: dict[str, int]) -> Path:
+    """Writes `counts[folder]` pictures into each folder, all different."""
+    for place, (folder, count) in enumerate(counts.items()):
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            picture = np.full((4, 5, 3), (place, number // 256, number % 256), np.uint8)
+            Image.fromarray(picture).save(root / folder / f"{number}.png")
+    return root
+
+
+def refusal(call, *words) -> str:
+    """Checks that a call is refused in one line that has all of the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in text and text.isprintable()
+    assert not [word for word in words if word not in text], text
+    return text
+
+
+def content(source) -> list[tuple[bytes, int]]:
+    examples = [source[i] for i in range(len(source))]
+    return [(example["image"].tobytes(), example["label"]) for example in examples]
+
+
+# Digits
+
+
+def test_digits_have_a_fixed_stratified_fifth_for_test():
+    from sklearn.datasets import load_digits
+
+    sources = open_sources("digits", data_dir=None, channels=1)
+    assert {name: len(source) for name, source in sources.items()} == {"train": 1437, "test": 360}
+    both = sorted(int(i) for source in sources.values() for i in source.ids)
+    assert both == list(range(1797))
+    test = [sources["test"][i]["label"] for i in range(360)]
+    assert np.abs(np.bincount(load_digits().target) / 5 - np.bincount(test)).max() < 1
+    again = open_sources("digits", data_dir=None, channels=1)
+    assert again["test"].fingerprint == sources["test"].fingerprint
+
+
+def test_digits_are_scaled_to_all_of_uint8():
+    from sklearn.datasets import load_digits
+
+    source = open_sources("digits", data_dir=None, channels=3)["train"]
+    for place in (0, 700, -1):
+        image = source[place]["image"]
+        assert image.dtype == np.uint8 and image.shape == (8, 8, 3)
+        original = load_digits().images[int(source.ids[place])]
+        for channel in range(3):
+            np.testing.assert_allclose(image[..., channel], original * 255 / 16, atol=0.5)
+        assert source[place]["label"] == load_digits().target[int(source.ids[place])]
+
+
+# Folders
+
+
+def test_flat_layout_is_split_by_class_and_every_file_is_in_one_split(tmp_path):
+    counts = {"cat": 100, "dog": 31, "emu": 3, "fox": 1}
+    sources = open_folder(make_folder(tmp_path, counts))
+    assert list(sources) == ["train", "validation", "test"]
+    expected = {
+        "train": {"cat": 80, "dog": 25, "emu": 1, "fox": 1},
+        "validation": {"cat": 10, "dog": 3, "emu": 1},
+        "test": {"cat": 10, "dog": 3, "emu": 1},
+    }
+    for name, source in sources.items():
+        assert source.class_names == ("cat", "dog", "emu", "fox")
+        assert Counter(path.split("/")[0] for path in source.ids) == expected[name]
+    every = sorted(path for source in sources.values() for path in source.ids)
+    assert every == sorted(f"{name}/{i}.png" for name, n in counts.items() for i in range(n))
+
+
+def test_an_example_is_the_picture_of_its_id_and_the_class_of_its_folder(tmp_path):
+    make_folder(tmp_path, {"b/deep/er": 5, "a": 7})
+    for source in open_folder(tmp_path).values():
+        for place, path in enumerate(source.ids):
+            np.testing.assert_array_equal(
+                source[place]["image"], np.asarray(Image.open(tmp_path / path))
+            )
+            assert source.class_names[source[place]["label"]] == path.split("/")[0]
+    assert open_folder(tmp_path, channels=1)["train"][0]["image"].shape == (4, 5, 1)
+
+
+def test_examples_are_mixed_not_sorted_by_class(tmp_path):
+    source = open_folder(make_folder(tmp_path, {"a": 100, "b": 100}))["train"]
+    half = [source[i]["label"] for i in range(len(source) // 2)]
+    assert 25 < sum(half) < 55
+
+
+def test_splits_and_order_do_not_depend_on_listing_order_or_place(tmp_path, monkeypatch):
+    make_folder(tmp_path / "here", {"a": 20, "b": 15, "c": 9})
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    expected = open_folder(tmp_path / "here")
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: list(scandir(path))[::-1])
+    for root in ("here", "there"):
+        for name, source in open_folder(tmp_path / root).items():
+            assert source.ids == expected[name].ids
+            assert source.class_names == expected[name].class_names
+            assert content(source) == content(expected[name])
+
+
+def test_a_new_class_does_not_reorder_the_others(tmp_path):
+    make_folder(tmp_path, {"a": 20, "b": 20})
+    before = open_folder(tmp_path)["train"].ids
+    make_folder(tmp_path, {"c": 20})
+    after = [path for path in open_folder(tmp_path)["train"].ids if not path.startswith("c")]
+    assert after == list(before)
+
+
+@pytest.mark.parametrize("validation", ["validation", "val", "valid"])
+def test_split_layout_is_taken_as_it_is(validation, tmp_path):
+    counts = {"train/a": 9, "train/b": 8, f"{validation}/b": 2, f"{validation}/a": 1, "test/b": 4}
+    sources = open_folder(make_folder(tmp_path, counts | {"test/a": 1}))
+    lengths = {name: len(source) for name, source in sources.items()}
+    assert lengths == {"train": 17, "validation": 3, "test": 5}
+    assert all(path.startswith(validation) for path in sources["validation"].ids)
+    assert {source.class_names for source in sources.values()} == {("a", "b")}
+
+
+def test_validation_is_carved_from_train_where_there_is_none(tmp_path):
+    counts = {"train/a": 50, "train/b": 20, "test/a": 1, "test/b": 1}
+    sources = open_folder(make_folder(tmp_path, counts))
+    classes = Counter(path.split("/")[1] for path in sources["validation"].ids)
+    assert classes == {"a": 5, "b": 2}
+    assert len(sources["train"]) == 63 and len(sources["test"]) == 2
+    assert not set(sources["train"].ids) & set(sources["validation"].ids)
+
+
+def test_a_folder_named_train_among_classes_is_a_class(tmp_path):
+    source = open_folder(make_folder(tmp_path, {"train": 9, "plane": 9}))["train"]
+    assert source.class_names == ("plane", "train")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, ["holds no images", "PATH/<class>/*"]),
+        ({"a": 0, "b": 0}, ["holds no images"]),
+        ({"a": 9}, ["a 7", "two classes"]),
+        ({"a": 9, "b": 0}, ["a 7", "b 0", "fill or remove"]),
+        ({"a": 2, "b": 2}, ["no images", "validation"]),
+        ({"train/a": 9, "train/b": 9, "test/a": 0, "test/b": 2}, ["a 0", "test", "fill or remove"]),
+        ({"train/a": 9, "train/b": 9, "test": 0}, ["in test", "no images"]),
+        ({"train/a": 9, "train/b": 9, "test/c": 3}, ["c 3", "train has no class c"]),
+        ({"train/a": 9, "test/a": 3}, ["two classes"]),
+        ({"train/a": 9, "val/a": 9, "valid/a": 9}, ["two validation folders"]),
+    ],
+)
+def test_folders_nobody_can_train_on_are_refused_with_the_counts(counts, words, tmp_path):
+    refusal(lambda: open_folder(make_folder(tmp_path, counts)), str(tmp_path), *words)
+
+
+def test_a_missing_or_unnamed_folder_is_refused(tmp_path):
+    refusal(lambda: open_folder(tmp_path / "gone"), str(tmp_path / "gone"), "--config.data.dir")
+    (tmp_path / "file").touch()
+    refusal(lambda: open_folder(tmp_path / "file"), "not a directory")
+    refusal(
+        lambda: open_sources("image_folder", data_dir=None, channels=3), "--config.data.dir=PATH"
+    )
+
+
+def test_a_training_class_missing_from_test_is_a_warning(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    open_folder(make_folder(tmp_path, {"train/a": 9, "train/b": 9, "test/a": 3}))
+    assert len(warnings) == 1 and "test has no image of class b" in warnings[0]
+
+
+def test_hidden_and_desktop_files_are_ignored_and_all_others_listed(tmp_path):
+    make_folder(tmp_path, {"a": 5, "b": 5})
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
+        (tmp_path / "a" / name).write_text("x")
+    make_folder(tmp_path, {".git": 3, "a/.cache": 3})
+    (tmp_path / "README.txt").write_text("beside the classes")
+    (tmp_path / "b" / "notes.txt").write_text("in a class")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    every = {path for source in open_folder(tmp_path).values() for path in source.ids}
+    images = {f"{name}/{number}.png" for name in "ab" for number in range(5)}
+    assert every == images | {"b/notes.txt"}
+
+
+def test_an_unreadable_file_is_named_when_it_is_read(tmp_path):
+    make_folder(tmp_path, {"a": 5, "b": 5})
+    (tmp_path / "a/text.jpg").write_text("a text")
+    (tmp_path / "a/empty.png").touch()
+    (tmp_path / "a/nowhere.png").symlink_to("nothing")
+    sources = open_folder(tmp_path)
+    for name in ("text.jpg", "empty.png", "nowhere.png"):
+        (source,) = [source for source in sources.values() if f"a/{name}" in source.ids]
+        with pytest.raises(BadExampleError, match=name):
+            source[source.ids.index(f"a/{name}")]
+
+
+def test_links_to_files_and_folders_are_followed_or_all_refused(tmp_path):
+    make_folder(tmp_path / "real", {"a": 9, "b": 9})
+    linked = tmp_path / "linked"
+    (linked / "a").mkdir(parents=True)
+    for number in range(9):
+        (linked / "a" / f"{number}.png").symlink_to(tmp_path / "real" / "a" / f"{number}.png")
+    (linked / "b").symlink_to(tmp_path / "real" / "b")
+    expected = open_folder(tmp_path / "real", follow_links=False)
+    for name, source in open_folder(linked).items():
+        assert source.ids == expected[name].ids
+        assert content(source) == content(expected[name])
+    refusal(lambda: open_folder(linked, follow_links=False), "b is a link", "follow_links")
+    (linked / "b").unlink()
+    make_folder(linked, {"b": 9})
+    refusal(lambda: open_folder(linked, follow_links=False), ".png is a link", "follow_links")
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "loop"])
+def test_link_loops_are_refused(target, tmp_path):
+    make_folder(tmp_path / "root", {"a": 9, "b": 9})
+    (tmp_path / "root" / "a" / "loop").symlink_to(target)
+    refusal(lambda: open_folder(tmp_path / "root"), "a/loop", "remove it")
+
+
+def test_hostile_names_survive(tmp_path):
+    names = ["new\nline", "back\\slash", "naïve 图", "\x1b[31m", "undecodable \udcff", "-rf $(x)"]
+    for name in names:
+        make_folder(tmp_path, {name: 5})
+        (tmp_path / name / "0.png").rename(tmp_path / name / f"{name}.png")
+    sources = open_folder(tmp_path)
+    every = [path for source in sources.values() for path in source.ids]
+    assert len(set(every)) == 5 * len(names)
+    assert all(text.isprintable() and text.encode() for text in every)
+    for source in sources.values():
+        assert len(set(source.class_names)) == len(names)
+        assert all(name.isprintable() and name.encode() for name in source.class_names)
+        assert len(content(source)) == len(source)
+    make_folder(tmp_path, {"empty\n\udcff": 0})
+    refusal(lambda: open_folder(tmp_path), "empty\\n\\udcff")
+
+
+def test_the_fingerprint_changes_with_a_file_and_with_nothing_else(tmp_path):
+    def prints(**options):
+        return {
+            name: source.fingerprint for name, source in open_folder(tmp_path, **options).items()
+        }
+
+    make_folder(tmp_path, {"train/a": 9, "train/b": 9, "test/a": 3, "test/b": 3})
+    before = prints()
+    assert prints() == before and len(set(before.values())) == 3
+    assert not set(prints(channels=1).values()) & set(before.values())
+    path = tmp_path / "test/a/0.png"
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    after = prints()
+    assert after["test"] != before["test"] and after["train"] == before["train"]
+    path.rename(path.with_name("other.png"))
+    assert prints()["test"] not in (before["test"], after["test"])
+    (tmp_path / "train/a").rename(tmp_path / "train/0")
+    (tmp_path / "test/a").rename(tmp_path / "test/0")
+    assert prints()["train"] != before["train"]

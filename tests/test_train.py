@@ -1,0 +1,209 @@
+"""Whole runs: a stopped and resumed run is the run that was never stopped."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from imgcls import experiment
+from imgcls.checkpoint import Checkpoints
+from imgcls.errors import DivergedError, Stopped, UserError
+from imgcls.logs import read_metrics
+from imgcls.train import train_and_evaluate
+from tests.conftest import small_config
+
+# Everything on that carries state from step to step, or draws at random.
+EVERYTHING = {
+    "model__dropout_rate": 0.2,
+    "augment__mixup_alpha": 0.2,
+    "augment__rotate_degrees": 10.0,
+    "optim__ema_decay": 0.9,
+    "train__accumulate_steps": 2,
+}
+
+
+def stop_after(monkeypatch, step):
+    """Makes the run stop, as by a signal, once `step` batches were seen."""
+    from imgcls.logs import MetricWindow
+    from imgcls.stopping import StopSignal
+
+    add, init, stops = MetricWindow.add, StopSignal.__init__, []
+
+    def remember(self):
+        init(self)
+        stops.append(self)
+
+    def add_and_stop(self, at, metrics):
+        add(self, at, metrics)
+        if at == step:
+            stops[-1].requested = 15
+
+    monkeypatch.setattr(StopSignal, "__init__", remember)
+    monkeypatch.setattr(MetricWindow, "add", add_and_stop)
+
+
+def without_times(rows):
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]
+
+
+def outcome(workdir):
+    """What a run leaves behind, times aside."""
+    (results,) = without_times([json.loads((workdir / "results.json").read_text())])
+    return without_times(read_metrics(workdir / "metrics.jsonl")), results
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return train_and_evaluate(small_config(**EVERYTHING), workdir), workdir
+
+
+@pytest.mark.parametrize("step", [5, 7], ids=["after an epoch", "within an epoch and a log window"])
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"step {step} is saved"):
+        stop_after(patch, step)
+        train_and_evaluate(small_config(**EVERYTHING), tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    state = train_and_evaluate(small_config(**EVERYTHING), tmp_path)
+    assert_same(state, uninterrupted[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[1])
+
+
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
+    state = train_and_evaluate(small_config(**EVERYTHING, seed=1), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(state.params, uninterrupted[0].params)
+
+
+def test_what_a_run_leaves_behind(uninterrupted):
+    _, workdir = uninterrupted
+    rows, results = outcome(workdir)
+    assert [(r["split"], r["step"]) for r in rows] == [
+        ("train", 3), ("validation", 5), ("train", 6), ("train", 9), ("train", 10), ("validation", 10)
+    ]  # fmt: skip
+    keys = {"step", "epoch", "split", "loss", "top1", "learning_rate"}
+    assert all(set(row) == keys for row in rows)
+    expected = {
+        "dataset": "digits", "split": "test[:50]", "examples": 50, "step": 10, "epochs": 2,
+        "seed": 0, "checkpoint": "last",
+    }  # fmt: skip
+    assert results.items() >= expected.items()
+    assert {"top1", "top5", "loss", "device", "versions", "git_commit"} <= set(results)
+    assert np.sum(results["confusion_matrix"]) == 50
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert experiment.flatten(experiment.load_config(workdir)) == experiment.flatten(
+        small_config(**EVERYTHING)
+    )
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
+        assert saved["logits"].shape == (50, 10) and len(set(saved["ids"])) == 50
+        accuracy = (saved["logits"].argmax(1) == saved["labels"]).mean()
+    assert results["top1"] == pytest.approx(accuracy)
+    assert len((workdir / "test_evaluations.jsonl").read_text().splitlines()) == 1
+
+
+def test_starting_a_finished_run_again_writes_nothing(uninterrupted, capsys):
+    _, workdir = uninterrupted
+    contents = lambda: {
+        f: f.read_bytes() for f in workdir.rglob("*") if f.is_file() and f.name != ".lock"
+    }
+    before = contents()
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert contents() == before
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_before_any_work(uninterrupted):
+    _, workdir = uninterrupted
+    with pytest.raises(UserError, match="train.batch_size=20"):
+        train_and_evaluate(small_config(**EVERYTHING | {"train__batch_size": 20}), workdir)
+
+
+def test_more_epochs_with_a_constant_schedule_equal_a_longer_run(tmp_path):
+    config = lambda epochs: small_config(optim__schedule="constant", train__epochs=epochs)
+    train_and_evaluate(config(1), tmp_path / "longer")
+    longer = train_and_evaluate(config(2), tmp_path / "longer")
+    assert_same(longer, train_and_evaluate(config(2), tmp_path / "whole"))
+    assert json.loads((tmp_path / "longer/results.json").read_text())["epochs"] == 2
+
+
+def test_the_best_checkpoint_is_evaluated_when_asked_for(tmp_path):
+    # So high a learning rate that the last epoch is not the best.
+    config = small_config(
+        optim__learning_rate=0.3, optim__schedule="constant", eval__checkpoint="best",
+        train__epochs=4,
+    )  # fmt: skip
+    train_and_evaluate(config, tmp_path)
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "validation"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    best = max(rows, key=lambda row: row["top1"])
+    assert results["checkpoint"] == "best"
+    assert rows[[r["step"] for r in rows].index(results["step"])]["top1"] == best["top1"]
+
+
+def test_a_run_without_validation_says_so(tmp_path, capsys):
+    train_and_evaluate(small_config(data__validation="", train__epochs=1), tmp_path)
+    assert "validation: none" in capsys.readouterr().out
+    assert {r["split"] for r in read_metrics(tmp_path / "metrics.jsonl")} == {"train"}
+    assert json.loads((tmp_path / "results.json").read_text())["calibration"]["temperature"] is None
+
+
+def explode(config: ConfigDict) -> ConfigDict:
+    config.optim.name, config.optim.learning_rate, config.optim.warmup_epochs = "sgd", 1e30, 0.0
+    config.optim.schedule = "constant"
+    return config
+
+
+def test_divergence_names_the_step_and_the_examples_and_saves_nothing_past_it(tmp_path):
+    config = explode(small_config())
+    with pytest.raises(
+        DivergedError, match=r"not finite in step \d+, with examples train:\d+"
+    ) as e:
+        train_and_evaluate(config, tmp_path)
+    assert e.value.exit_code == 3
+    told = json.loads((tmp_path / "diverged.json").read_text())
+    assert len(told["ids"]) == 40
+    assert all(step < told["step"] for step in Checkpoints(tmp_path / "checkpoints").steps())
+    assert all(row["step"] < told["step"] for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_bad_steps_can_be_allowed(tmp_path, monkeypatch):
+    def poison(rng, images, labels):
+        return jnp.where(jax.random.uniform(rng) < 0.4, jnp.nan, images), labels
+
+    monkeypatch.setattr(experiment, "build_augment", lambda config: poison)
+    with pytest.raises(DivergedError):
+        train_and_evaluate(small_config(train__max_bad_steps=1), tmp_path / "one")
+    state = train_and_evaluate(small_config(train__max_bad_steps=10), tmp_path / "ten")
+    bad = Checkpoints(tmp_path / "ten/checkpoints").read_meta()["bad_steps"]
+    assert 1 < len(bad) < 10 and state.step == 10
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_batch_larger_than_the_split_is_refused(tmp_path):
+    with pytest.raises(UserError, match="more than the 200 examples"):
+        train_and_evaluate(small_config(train__batch_size=204), tmp_path)
+
+
+def test_changed_data_is_refused(uninterrupted, tmp_path, monkeypatch):
+    train_and_evaluate(small_config(train__epochs=1), tmp_path)
+    import imgcls.sources.digits as digits
+
+    opened = digits.open_digits
+
+    def fewer(**options):
+        sources = opened(**options)
+        sources["train"].class_names = tuple("abcdefghij")
+        return sources
+
+    monkeypatch.setitem(experiment.open_sources.__globals__["SOURCES"], "digits", fewer)
+    with pytest.raises(UserError, match="the data changed"):
+        train_and_evaluate(small_config(train__epochs=1), tmp_path)
