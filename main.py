@@ -7,7 +7,6 @@ The same command on the same --workdir resumes. Exit codes: 0 done; 2 the comman
 wrong; 3 training diverged; 4 checkpoint trouble; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
 """
 
-from absl import flags
 from ml_collections import config_flags
 
 from imgcls import cli

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.0
     config.augment.contrast = 0.0
     config.augment.saturation = 0.0
-    config.augment.cutout_pixels = 8  # the side of the square
+    config.augment.cutout_pixels = 0  # the side of the square
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
 
@@ -39,16 +39,17 @@ def get_config() -> ConfigDict:
     config.model.convs_per_block = 2
     config.model.dense_widths = ()  # hidden fully connected layers
     config.model.dropout_rate = 0.1
+    config.model.whiten = True  # a fixed first layer that decorrelates 2x2 patches
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
     config.optim = ConfigDict()
     config.optim.name = "sgd"
-    config.optim.learning_rate = 0.2  # the peak, for a batch
+    config.optim.learning_rate = 0.5  # the peak, for a batch
     config.optim.schedule = "linear"  # after the warmup
     config.optim.warmup_epochs = 2.0
     config.optim.momentum = 0.9
-    config.optim.weight_decay = 0.0005
+    config.optim.weight_decay = 0.001
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.label_smoothing = 0.1
     config.optim.ema_decay = 0.99  # a step; 0: no averaging
@@ -56,7 +57,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 512
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 14
+    config.train.epochs = 12
     config.train.log_every_steps = 20
     config.train.validate_every_epochs = 2
     config.train.checkpoint_every_epochs = 1

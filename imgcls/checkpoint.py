@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved in the background, committed by one rename, verified when read.
 
 The only module that knows orbax. A checkpoint is a directory `<step>/` with the arrays and a JSON
-object, in which the SHA-256, shape and dtype of every array stand beside what the loop wants to keep.
+object, in which every array's SHA-256, shape and dtype stand beside what the loop wants to keep.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ def _top1(metrics: dict[str, Any]) -> float:
 class Checkpoints:
     """The checkpoints in one directory.
 
-    Kept are the latest two, the second as a way out should the latest be damaged, and the one with the
-    best validation top-1. Errors of saving and reading are `CheckpointError`.
+    Kept are the latest two, the second as a way out should the latest be damaged, and the one with
+    the best validation top-1. Errors of saving and reading are `CheckpointError`.
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False):

@@ -42,7 +42,7 @@ class Classifier:
         )
 
     def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Probabilities float32[N, K] of images: uint8[N, h, w, C], or a sequence of uint8[h, w, C].
+        """Probabilities float32[N, K] of images uint8[N, h, w, C], or a sequence of uint8[h, w, C].
 
         Images of another size than the model's are resized as they were in training.
         """
@@ -61,7 +61,7 @@ class Classifier:
         return np.asarray(jax.nn.softmax(self.logits(split)))
 
     def logits(self, split: Split, *, poll: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Logits float32[N, K] of every example of a split, in order; `poll` runs before each batch."""
+        """Logits float32[N, K] of a split's examples, in order; `poll` runs before each batch."""
         batch_size = self.config.eval.batch_size
         rows = []
         with progress(len(split), f"evaluating {split.name}", "images") as bar:

@@ -1,7 +1,7 @@
 """What all commands share: flags that fail in one line, exit codes, and `--debug`.
 
-Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4 checkpoint trouble;
-130 stopped by Ctrl-C and 143 by SIGTERM, after saving. 1 is a defect, with its traceback.
+Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4 checkpoint
+trouble; 130 stopped by Ctrl-C and 143 by SIGTERM, after saving. 1 is a defect, with its traceback.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], None], *, usage: str, positional: bool = Fal
         positional: whether the command takes arguments that are not flags.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    for chatty in ("orbax", "jax", "tensorboardX"):
+    for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is meant here
     code = 0

@@ -1,7 +1,7 @@
 """Opens a dataset's splits, keeps them decoded in memory, and gives batches by index.
 
-The rest of the project sees a `Split`: a length, labels, ids and `read(indices) -> Batch`. A split that
-streams from disk can offer the same, in the same order.
+The rest of the project sees a `Split`: a length, labels, ids and `read(indices) -> Batch`. A split
+that streams from disk can offer the same, in the same order.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def load_splits(
     resize: str,
     skip_bad: int = 0,
 ) -> list[Split]:
-    """Decodes the splits that TFDS split strings name; a base split is decoded once for all of them.
+    """Decodes the splits that TFDS split strings name, each base split once.
 
     Args:
         sources: the dataset's base splits by name.
@@ -155,8 +155,8 @@ def _check_memory(needed: int) -> None:
     free = psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise UserError(
-            f"the decoded images need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory "
-            "are free: lower config.data.image_size or take a part, such as "
+            f"the decoded images need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are "
+            "free: lower config.data.image_size or take a part, such as "
             "--config.data.train='train[:10%]'"
         )
 

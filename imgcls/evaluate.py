@@ -3,8 +3,8 @@
     python -m imgcls.evaluate --workdir=runs/cifar10 [--split=test|validation|train]
                               [--checkpoint=last|best|STEP]
 
-Evaluates the run's own config and writes results.json, for the test split at the checkpoint that the
-config names, or results_<split>_<checkpoint>.json, with predictions.npz or predictions_... beside it.
+Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
+names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it.
 """
 
 import datetime
@@ -22,8 +22,9 @@ from imgcls.data import Split
 from imgcls.errors import DivergedError, UserError
 from imgcls.logs import say
 from imgcls.metrics import evaluate_logits, fit_temperature
+from imgcls.report import read_samples, write_report
 from imgcls.state import count_parameters
-from imgcls.workdir import read_json, write_json
+from imgcls.workdir import write_json
 
 
 def evaluate(
@@ -87,6 +88,9 @@ def evaluate(
     )
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
+    if official:
+        images, samples = examples.images.__getitem__, read_samples(workdir)
+        write_report(workdir, gallery_images=images, sample_images=samples)
     correct = round(results["top1"] * results["examples"])
     say(f"{split} top1 {results['top1']:.4f} ({correct}/{results['examples']})  {path}")
     return results

@@ -216,10 +216,12 @@ def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = Fal
     """The Linen module, its convolutions on oneDNN where `cpu_kernels`."""
     fields = {k: config.model[k] for k in _model_fields(config.model.name)}
     height, width = config.data.image_size
-    if config.model.name == "cnn" and min(height, width) < 2 ** len(fields["widths"]):
+    if config.model.name == "cnn" and min(height, width) - fields["whiten"] < 2 ** len(
+        fields["widths"]
+    ):
         raise UserError(
-            f"config.model.widths={fields['widths']} halves the image {len(fields['widths'])} times, "
-            f"too often for config.data.image_size={(height, width)}"
+            f"config.model.widths={fields['widths']} halves the image "
+            f"{len(fields['widths'])} times, too often for config.data.image_size={(height, width)}"
         )
     conv = nn.Conv
     if cpu_kernels:

@@ -106,8 +106,9 @@ def learning_curves(history: Sequence[dict[str, Any]]) -> dict[str, Markup]:
 def _draw_history(series: dict[str, np.ndarray], axes: Axes, *, from_zero: bool) -> None:
     for split, points in series.items():
         colour = LIGHT["muted" if split == "train" and len(series) > 1 else "good"]
-        marker = "o" if len(points) < 40 else None
-        axes.plot(*points.T, color=colour, label=split, marker=marker, markersize=2.5)
+        (line,) = axes.plot(*points.T, color=colour, label=split, clip_on=False)
+        if len(points) < 40:
+            line.set(marker="o", markersize=2.5)
     axes.grid(axis="y")
     axes.set_xlabel("epoch")
     if from_zero:

@@ -37,8 +37,8 @@ def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tq
 class MetricWindow:
     """Sums of training metrics since the last log line.
 
-    Metrics stay on the device until they are logged or saved. Sums are kept in float64 and added
-    step by step, so that an interrupted window, saved and continued, has the same bits.
+    Metrics stay on the device until they are logged or saved. Sums are float64 and added step by
+    step, so that an interrupted window, saved and continued, has the same bits.
     """
 
     def __init__(self, sums: dict[str, float] | None = None, bad_steps: list[int] | None = None):
@@ -82,7 +82,7 @@ def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
 
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard event files; continues after the restored step."""
+    """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on."""
 
     def __init__(self, workdir: Path, *, start_step: int):
         # Loading it takes a quarter of a second, which commands that do not train need not spend.
@@ -95,7 +95,7 @@ class MetricWriter:
         self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
 
     def _cut(self, step: int) -> None:
-        """Removes a torn last line, and lines past the restored step: they will be written again."""
+        """Removes a torn last line, and lines past the restored step: they will come again."""
         kept = [row for row in read_metrics(self._path) if row["step"] <= step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -122,12 +122,11 @@ class MetricWriter:
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
-    """float[N, H, W, C] in [0, 1] -> uint8[rows * H, columns * W, 3]; what does not fill a row is left out."""
+    """uint8[N, H, W, C] -> uint8[rows * H, columns * W, 3], whole rows only."""
     n, h, w, c = images.shape
     columns = min(columns, n)
     rows = n // columns
     grid = images[: rows * columns].reshape(rows, columns, h, w, c).swapaxes(1, 2)
-    grid = np.rint(255 * np.clip(grid, 0, 1)).astype(np.uint8)
     return np.broadcast_to(grid.reshape(rows * h, columns * w, c), (rows * h, columns * w, 3))
 
 

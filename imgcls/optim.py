@@ -19,7 +19,7 @@ SCHEDULES = {
 def create_schedule(
     name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Rises linearly from zero to `learning_rate` in `warmup_steps`, then follows `name` to the end."""
+    """Rises linearly from zero to `learning_rate` in `warmup_steps`, then follows `name`."""
     after = SCHEDULES[name](learning_rate, max(total_steps - warmup_steps, 1))
     if warmup_steps == 0:
         return after

@@ -1,5 +1,7 @@
 """What a person looks at: `report.html`, one self-contained page about a finished run.
 
+    python -m imgcls.report --workdir=runs/cifar10
+
 The page needs no network and trusts no text: every value is escaped by jinja2, and the
 Content-Security-Policy admits only the style and the script whose hashes it states.
 """
@@ -20,12 +22,13 @@ from markupsafe import Markup
 from PIL import Image
 from scipy.special import softmax
 
-from imgcls import figures, logs
+from imgcls import cli, figures, logs
 from imgcls.errors import UserError
-from imgcls.experiment import flatten
+from imgcls.experiment import flatten, load_config, open_splits
 from imgcls.workdir import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
+SAMPLES = "augmented.npy"  # uint8[n, H, W, C], which training leaves in the workdir
 GALLERY = 24  # images in each of the two galleries
 MATRIX_CLASSES = 20  # the confusion matrix of more is drawn as a picture, not as a table of counts
 PAIRS = 15  # rows in the table of the classes that are confused most
@@ -240,3 +243,28 @@ def _galleries(run: Run, images: Callable[[np.ndarray], np.ndarray]) -> dict[str
         for position, image in zip(positions, images(positions), strict=True)
     ]
     return {"mistakes": items[: len(mistakes)], "unsure": items[len(mistakes) :]}
+
+
+def read_samples(workdir: Path) -> np.ndarray | None:
+    """The augmented training images uint8[n, H, W, C] that training left; None without them."""
+    try:
+        return np.load(workdir / SAMPLES, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _main(_: list[str]) -> None:
+    workdir = cli.required_workdir()
+    read_run(workdir)  # what is missing is said before the data is loaded
+    (examples,) = open_splits(load_config(workdir), "test")
+    path = write_report(
+        workdir,
+        gallery_images=examples.images.__getitem__,
+        sample_images=read_samples(workdir),
+    )
+    logs.say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    cli.define_workdir()
+    cli.run(_main, usage=__doc__)

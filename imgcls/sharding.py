@@ -1,4 +1,4 @@
-"""The mesh, and where arrays live on it: batches split over `data`, everything else on every device."""
+"""The mesh, and where arrays live: batches split over `data`, everything else on every device."""
 
 from collections.abc import Callable
 

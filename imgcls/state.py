@@ -18,7 +18,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """What evaluation applies the model with: the average of the parameters where it is kept."""
+        """What evaluation applies the model to: the average of the parameters where it is kept."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "batch_stats": self.batch_stats}
 
@@ -31,7 +31,8 @@ def create_state(
     tx: optax.GradientTransformation,
     ema: bool = False,
 ) -> TrainState:
-    """Initialises `model` on normalised images [B, H, W, C] of the shape that it will be fed."""
+    """Initialises `model` on normalised training images [B, H, W, C], from which it may learn
+    statistics."""
     variables = model.init(rng, sample_images, train=False)
     params = variables["params"]
     return TrainState(

@@ -19,7 +19,7 @@ Metrics = dict[str, jax.Array]
 
 
 def normalize(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 in [0, 255], or float in [0, 1], to float32 of the given channel means and deviations."""
+    """uint8 in [0, 255], or float in [0, 1], to float32 less `mean`, over `std`, a channel each."""
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
@@ -51,7 +51,7 @@ def train_step(
     """One update of the parameters from one batch without padding.
 
     All randomness comes from (rng, state.step). The gradient is averaged over `accumulate_steps`
-    equal parts of the batch, one after the other, so that only one part's activations are in memory.
+    equal parts of the batch, one after the other, so that one part's activations are in memory.
     Where loss or gradient is not finite, nothing but the step counter changes, and the metric `bad`
     is 1.
 

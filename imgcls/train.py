@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,6 +19,7 @@ from imgcls.errors import DivergedError, UserError
 from imgcls.evaluate import evaluate
 from imgcls.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
 from imgcls.losses import cross_entropy
+from imgcls.report import SAMPLES
 from imgcls.sharding import make_mesh, put_batch, replicated
 from imgcls.state import TrainState, count_parameters, create_state
 from imgcls.steps import eval_step, train_step
@@ -30,7 +30,7 @@ STEPS_AHEAD = 2  # batches given to the device before the first of them is waite
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
-    """Trains to the end, from the last checkpoint in `workdir` if there is one, then evaluates on test.
+    """Trains to the end, from the last checkpoint in `workdir` if any, and evaluates on test.
 
     Raises:
         UserError, DivergedError, CheckpointError, Stopped: see `imgcls.errors`.
@@ -87,7 +87,7 @@ class _Run:
         if self.order.steps_per_epoch == 0:
             raise UserError(
                 f"config.train.batch_size={c.train.batch_size} is more than the "
-                f"{len(self.splits['train'])} examples of config.data.train={c.data.train}: lower it"
+                f"{len(self.splits['train'])} examples of {self.splits['train'].name}: lower it"
             )
 
     def _restore_or_create(self) -> None:
@@ -120,7 +120,8 @@ class _Run:
                 tx=experiment.build_optimizer(c, self.schedule),
                 ema=c.optim.ema_decay > 0,
             )
-            sample = jnp.zeros((1, *c.data.image_size, c.data.channels))
+            images = self.splits["train"].read(self.order[0])["image"]
+            sample = experiment.build_preprocess(c)(images)
             create = jax.jit(create, out_shardings=replicated(self.mesh))
             self.state = interruptibly(lambda: create(self.rng, sample))
         self.step = int(self.state.step)
@@ -194,7 +195,9 @@ class _Run:
         if self.step == 0:
             batch = self.splits["train"].read(self.order[0])
             images = experiment.augmented_images(self.config, batch, len(self.class_names))
-            self.writer.image("train/augmented", image_grid(np.asarray(images[:64])), 0)
+            images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
+            np.save(self.workdir / SAMPLES, images)
+            self.writer.image("train/augmented", image_grid(images), 0)
         self.stop.defer()
         self.clock = time.perf_counter()
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
@@ -295,7 +298,7 @@ class _Run:
         return lap
 
     def _checked_window(self) -> dict[str, float]:
-        """The window's sums. Raises DivergedError before anything past a bad step is logged or saved."""
+        """The window's sums; raises DivergedError so that nothing past a bad step is kept."""
         sums = self.window.fetch()
         allowed, bad = self.config.train.max_bad_steps, self.window.bad_steps
         if len(bad) <= allowed:
@@ -305,7 +308,7 @@ class _Run:
         path = self.workdir / "diverged.json"
         write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
         raise DivergedError(
-            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, ... "
+            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])} ... "
             f"(all {len(ids)} in {path}): lower config.optim.learning_rate, set "
             "config.optim.clip_norm, or allow a few with config.train.max_bad_steps"
         )

@@ -34,8 +34,8 @@ def claim(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"--workdir={workdir} is in use by process {lock.read().strip()}: wait for it, stop "
-                "it, or use another --workdir"
+                f"--workdir={workdir} is in use by process {lock.read().strip()}: wait for it, "
+                "stop it, or use another --workdir"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):

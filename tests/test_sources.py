@@ -229,11 +229,14 @@ def test_links_to_files_and_folders_are_followed_or_all_refused(tmp_path):
     refusal(lambda: open_folder(linked, follow_links=False), ".png is a link", "follow_links")
 
 
-@pytest.mark.parametrize("target", ["..", ".", "../..", "loop"])
+@pytest.mark.parametrize("target", ["..", ".", "../..", "../b", "loop"])
 def test_link_loops_are_refused(target, tmp_path):
-    make_folder(tmp_path / "root", {"a": 9, "b": 9})
-    (tmp_path / "root" / "a" / "loop").symlink_to(target)
-    refusal(lambda: open_folder(tmp_path / "root"), "a/loop", "remove it")
+    make_folder(tmp_path, {"a": 9, "b": 9})
+    (tmp_path / "a" / "loop").symlink_to(target)
+    (tmp_path / "b" / "loop").symlink_to("../a")
+    reason = "Too many levels" if target == "loop" else "links back to a folder around it"
+    text = refusal(lambda: open_folder(tmp_path), "/loop", reason, "remove it")
+    assert target == "../b" or f"{tmp_path}/a/loop" in text or f"{tmp_path}/b/loop/loop" in text
 
 
 def test_hostile_names_survive(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_tfds_datasets import TEST, TRAIN, picture
 
 from imgcls.errors import BadExampleError, UserError
 from imgcls.sources import open_sources
 from imgcls.sources.tfds import find
+from tests.make_tfds_datasets import TEST, TRAIN, picture
 
 ROOT = Path(__file__).parents[1]
 # Opens a dataset and reads all of it, as a program that has nothing else in it.
@@ -200,12 +201,18 @@ def corrupted(directory):
     shard.write_bytes(content)
 
 
+def without_splits(directory):
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"splits": []}))
+
+
 DAMAGES = {
     "empty": empty,
     "no features": lambda directory: (directory / "features.json").unlink(),
     "no info": lambda directory: (directory / "dataset_info.json").unlink(),
     "torn info": lambda directory: os.truncate(directory / "dataset_info.json", 100),
     "blank info": lambda directory: (directory / "dataset_info.json").write_text("{}"),
+    "no splits": without_splits,
     "torn features": lambda directory: os.truncate(directory / "features.json", 100),
     "missing shard": lambda directory: sorted(directory.glob("*test*"))[0].unlink(),
     "empty shard": lambda directory: os.truncate(sorted(directory.glob("*test*"))[0], 0),
@@ -257,6 +264,7 @@ def test_two_processes_convert_tfrecord_once_whatever_a_killed_one_left(copy, pr
         readers = [start_reader("tiny_tfrecord", root) for _ in range(2)]
         for reader in readers:
             assert "waiting for another process" in reader.stderr.readline()
+        assert "array_record" not in (directory / "dataset_info.json").read_text()
     said, read = zip(*[reader.communicate(timeout=100)[::-1] for reader in readers])
     assert [reader.returncode for reader in readers] == [0, 0], said
     assert "".join(said).count("converting") == 1
@@ -269,7 +277,8 @@ def test_two_processes_convert_tfrecord_once_whatever_a_killed_one_left(copy, pr
 def test_a_damaged_tfrecord_is_named_and_stays_unconverted(copy):
     root = copy("tiny_tfrecord")
     shard = sorted((root / "tiny_tfrecord/1.0.0").glob("*train*"))[1]
-    os.truncate(shard, shard.stat().st_size - 10)
+    length = int.from_bytes(shard.read_bytes()[:8], "little")
+    os.truncate(shard, 8 + 4 + length + 4)  # one whole record, which TensorFlow takes for a file
     call = partial(open_sources, "tiny_tfrecord", data_dir=str(root), channels=3)
     refusal(call, "cannot convert", shard)
     assert "array_record" not in (root / "tiny_tfrecord/1.0.0/dataset_info.json").read_text()

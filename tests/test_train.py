@@ -88,7 +88,8 @@ def test_what_a_run_leaves_behind(uninterrupted):
     _, workdir = uninterrupted
     rows, results = outcome(workdir)
     assert [(r["split"], r["step"]) for r in rows] == [
-        ("train", 3), ("validation", 5), ("train", 6), ("train", 9), ("train", 10), ("validation", 10)
+        ("train", 3), ("validation", 5), ("train", 6), ("train", 9), ("train", 10),
+        ("validation", 10),
     ]  # fmt: skip
     keys = {"step", "epoch", "split", "loss", "top1", "learning_rate"}
     assert all(set(row) == keys for row in rows)

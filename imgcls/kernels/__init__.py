@@ -1,4 +1,4 @@
-"""Faster CPU operations. The caller asks `unavailable` and passes them to models, which cannot tell."""
+"""Faster operations for CPUs. Who builds a model asks `unavailable`; the model cannot tell."""
 
 from imgcls.kernels.conv import conv_general_dilated, unavailable
 from imgcls.kernels.onednn import identity

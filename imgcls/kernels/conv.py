@@ -46,22 +46,21 @@ def conv_general_dilated(
     lhs, rhs, strides = jnp.asarray(lhs), jnp.asarray(rhs), tuple(map(int, window_strides))
     if lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) != LAYOUT:
         raise NotImplementedError(f"oneDNN convolution: not NHWC and HWIO: {dimension_numbers}")
-    if {1, *(lhs_dilation or ()), *(rhs_dilation or ())} != {1}:
-        raise NotImplementedError(f"oneDNN convolution: dilation {lhs_dilation}, {rhs_dilation}")
-    if (feature_group_count, batch_group_count) != (1, 1):
-        raise NotImplementedError("oneDNN convolution: groups")
+    factors = *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count, batch_group_count
+    if set(factors) != {1}:
+        raise NotImplementedError("oneDNN convolution: dilation or groups")
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     padding = tuple((int(before), int(after)) for before, after in padding)
     if min(map(min, padding)) < 0:
         raise NotImplementedError(f"oneDNN convolution: negative padding {padding}")
-
-    def reference(lhs, rhs):
-        dtype = preferred_element_type
-        return lax.conv_general_dilated(
-            lhs, rhs, strides, padding, dimension_numbers=LAYOUT, preferred_element_type=dtype
-        )
-
+    reference = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=LAYOUT,
+        preferred_element_type=preferred_element_type,
+    )
     out = jax.eval_shape(reference, lhs, rhs)  # or lax's own errors
     if out.dtype != lhs.dtype or out.dtype.name not in onednn.DTYPES:
         raise NotImplementedError(f"oneDNN convolution: {lhs.dtype} to {out.dtype}")
@@ -98,7 +97,7 @@ def target(kind: str, conv: Convolution) -> str:
     Its name hashes all that it depends on, so that a program from the persistent compilation cache
     finds the right one in any process.
     """
-    key = f"{kind} {conv} oneDNN {onednn.version()}"
+    key = f"{kind} {conv} oneDNN {onednn.identity()['onednn']}"
     name = f"imgcls_conv_{kind}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _registering:
         if name not in _registered:
@@ -118,7 +117,7 @@ def unavailable(dtype: jax.typing.DTypeLike) -> str | None:
         if (platform := jax.default_backend()) != "cpu":
             return f"it runs on CPUs, not on {platform}"
         name = jnp.dtype(dtype).name
-        onednn.version()  # before compiling anything
+        onednn.identity()  # the likeliest failure, before compiling anything
         for kind, error in zip(onednn.KINDS, _relative_errors(name)):
             if not error < TOLERANCES[name]:  # NaN, too
                 return f"{kind} in {name} differs from lax: relative error {error:.0e}"

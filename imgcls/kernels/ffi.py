@@ -46,8 +46,8 @@ _handlers = {}  # XLA holds bare pointers to these, for ever
 def register(name: str, run: Callable[..., None]) -> None:
     """Makes `run` the target `name` of `jax.ffi.ffi_call`, once and for the life of the process.
 
-    `run` receives the address of each operand and then of each result, on any thread and on several
-    at once. An exception from it fails the XLA program (`jax.errors.JaxRuntimeError`) with its text.
+    `run` receives the addresses of the operands, then of the results, on any thread and on several
+    at once. Its exception fails the XLA program: a `jax.errors.JaxRuntimeError` with the same text.
     """
 
     def handle(frame) -> int | None:
@@ -76,9 +76,9 @@ def _addresses(buffers) -> list[int]:
 
 
 def _drain() -> None:
-    """Waits for the programs dispatched so far: one that calls Python after its end hangs the process.
+    """Waits for all dispatched programs: to call Python after its end would hang the process.
 
-    XLA's CPU client runs programs in order, those of one device and those of several apart.
+    XLA's CPU client runs programs in order: those of a device, and those of several devices.
     """
     devices = jax.local_devices(backend="cpu")
     together = jax.NamedSharding(jax.sharding.Mesh(devices, "devices"), jax.P())

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 DISTRIBUTION, LIBRARY = "onednn-cpu-gomp", "libdnnl.so.3"
 
 CPU, IN_ORDER, FORWARD_TRAINING, DIRECT, ANY_LAYOUT, USER_SCRATCHPAD = 1, 1, 64, 1, 1, 1
@@ -22,7 +20,7 @@ SRC, DST, WEIGHTS, SCRATCHPAD = 1, 17, 33, 80
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136
 UNIMPLEMENTED = 3
-PAGE = 4096
+ALLOCATE = C.c_void_p(-1)
 
 # The arrays of each kind of computation, operands before the result, and oneDNN's number for each.
 KINDS = {
@@ -45,7 +43,7 @@ class Convolution:
     dtype: str  # a key of DTYPES
 
     def result(self, kind: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of what `kind` computes; weight gradients are given as summed, in float32."""
+        """Shape and dtype of what `kind` computes. Weight gradients stay in float32, as summed."""
         *_, role = KINDS[kind]
         return getattr(self, role), "float32" if kind == "weight_grad" else self.dtype
 
@@ -63,16 +61,14 @@ class _Runtime:
         self.library, self.quick = C.CDLL(path), C.PyDLL(path)
         self.library.dnnl_version.restype = C.POINTER(C.c_int)
         self.library.dnnl_primitive_desc_query_md.restype = C.c_void_p
-        self.library.dnnl_memory_desc_get_size.restype = C.c_size_t
         self.engine = self.make("engine_create", CPU, C.c_size_t(0))
         self.stream = self.make("stream_create", self.engine, IN_ORDER)
-        # By default scratch memory belongs to the thread that creates a primitive, but XLA executes
-        # on its own.
+        # The library's own scratch memory is that of the thread which creates a primitive, but XLA
+        # executes on threads of its own.
         self.attr = self.make("primitive_attr_create")
         _check(self.library.dnnl_primitive_attr_set_scratchpad_mode(self.attr, USER_SCRATCHPAD))
-        # One execution at a time: they share the temporary memory, and each occupies all cores.
+        # One execution at a time: a primitive's memory serves one, and each one occupies all cores.
         self.lock = threading.Lock()
-        self._buffer = np.empty(0, np.uint8)
 
     def make(self, function: str, *args) -> C.c_void_p:
         made = C.c_void_p()
@@ -89,55 +85,26 @@ class _Runtime:
     def query(self, desc: C.c_void_p, what: int) -> C.c_void_p:
         return C.c_void_p(self.library.dnnl_primitive_desc_query_md(desc, what, 0))
 
-    def memory(self, layout: C.c_void_p) -> C.c_void_p:
-        return self.make("memory_create", layout, self.engine, None)
+    def memory(self, layout: C.c_void_p, address: C.c_void_p | None = None) -> C.c_void_p:
+        return self.make("memory_create", layout, self.engine, address)
 
-    def place(self, memory: C.c_void_p, address: int) -> None:
-        _check(self.quick.dnnl_memory_set_data_handle(memory, C.c_void_p(address)))
-
-    def size(self, layout: C.c_void_p) -> int:
-        """Bytes, in whole pages."""
-        return -(-self.library.dnnl_memory_desc_get_size(layout) // PAGE) * PAGE
-
-    def reserve(self, size: int) -> None:
-        """Makes the temporary memory, which begins at the address `temporary`, large enough."""
-        with self.lock:
-            if self._buffer.size < size + PAGE:
-                self._buffer = np.empty(size + PAGE, np.uint8)
-                self.temporary = -(-self._buffer.ctypes.data // PAGE) * PAGE
+    def primitive(self, library: C.CDLL, desc: C.c_void_p, memories: dict) -> Callable[[], None]:
+        """A function that executes `desc`, by a call through `library`, on {number: memory}."""
+        scratch = self.memory(self.query(desc, QUERY_SCRATCHPAD), ALLOCATE)
+        pairs = [*memories.items(), (SCRATCHPAD, scratch)]
+        handle, arguments = self.make("primitive_create", desc), (_Argument * len(pairs))(*pairs)
+        execute = library.dnnl_primitive_execute
+        return lambda: _check(execute(handle, self.stream, len(arguments), arguments))
 
 
 _runtime = functools.cache(_Runtime)
-
-
-class _Primitive:
-    """A primitive, its arguments, and its scratch, `offset` bytes into the temporary memory."""
-
-    def __init__(self, library: C.CDLL, desc: C.c_void_p, arguments: dict, offset: int):
-        rt = self.rt = _runtime()
-        scratch = rt.query(desc, QUERY_SCRATCHPAD)
-        rt.reserve(offset + rt.size(scratch))
-        self.library, self.scratch, self.offset = library, rt.memory(scratch), offset
-        self.handle = rt.make("primitive_create", desc)
-        pairs = [*arguments.items(), (SCRATCHPAD, self.scratch)]
-        self.arguments = (_Argument * len(pairs))(*pairs)
-
-    def execute(self) -> None:
-        self.rt.place(self.scratch, self.rt.temporary + self.offset)
-        arguments = len(self.arguments), self.arguments
-        _check(self.library.dnnl_primitive_execute(self.handle, self.rt.stream, *arguments))
-
-
-def version() -> str:
-    """That of the loaded library, such as "3.2.0"."""
-    return ".".join(map(str, _runtime().library.dnnl_version()[:3]))
 
 
 def identity() -> dict[str, str | int]:
     """What decides the bits of a result, besides its operands."""
     library = _runtime().library
     return {
-        "onednn": version(),
+        "onednn": ".".join(map(str, library.dnnl_version()[:3])),
         "onednn_isa": hex(library.dnnl_get_effective_cpu_isa()),
         "openmp_threads": library.omp_get_max_threads(),
     }
@@ -154,31 +121,29 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
     rt = _runtime()
     x, y = (rt.layout(shape, NHWC, conv.dtype) for shape in (conv.x, conv.y))
     w = rt.layout(conv.w, HWIO, conv.result(kind)[1])
-    desc = _convolution_desc(kind, conv, x, y)
     memory = {"x": rt.memory(x), "w": rt.memory(w), "y": rt.memory(y)}
-    placed = [memory[role] for role in KINDS[kind]]
+    arrays = [memory[role] for role in KINDS[kind]]
 
-    # The fast kernels want weights in blocks. These begin the temporary memory, scratch follows.
+    desc = _convolution_desc(kind, conv, x, y)
     blocks = rt.query(desc, QUERY_DIFF_WEIGHTS if kind == "weight_grad" else QUERY_WEIGHTS)
-    offset, copies = 0, []
-    if not rt.library.dnnl_memory_desc_equal(blocks, w):
-        plain, memory["w"], offset = memory["w"], rt.memory(blocks), rt.size(blocks)
-        placed.append(memory["w"])
-        ends = [(w, plain), (blocks, memory["w"])]
+    steps = []
+    if not rt.library.dnnl_memory_desc_equal(blocks, w):  # the fast kernels want weights in blocks
+        dense, memory["w"] = memory["w"], rt.memory(blocks, ALLOCATE)
+        ends = [(w, dense), (blocks, memory["w"])]
         (source, src), (target, dst) = reversed(ends) if kind == "weight_grad" else ends
         layouts = source, rt.engine, target, rt.engine
         copy = rt.make("reorder_primitive_desc_create", *layouts, rt.attr)
-        copies.append(_Primitive(rt.quick, copy, {SRC: src, DST: dst}, offset))
-    arguments = {number: memory[role] for role, number in KINDS[kind].items()}
-    convolution = _Primitive(rt.library, desc, arguments, offset)
-    steps = [convolution, *copies] if kind == "weight_grad" else [*copies, convolution]
+        steps.append(rt.primitive(rt.quick, copy, {SRC: src, DST: dst}))
+    memories = {number: memory[role] for role, number in KINDS[kind].items()}
+    convolve = rt.primitive(rt.library, desc, memories)
+    steps.insert(0 if kind == "weight_grad" else len(steps), convolve)
 
     def run(*addresses: int) -> None:
         with rt.lock:
-            for where, address in zip(placed, (*addresses, rt.temporary)):
-                rt.place(where, address)
+            for array, address in zip(arrays, addresses, strict=True):
+                _check(rt.quick.dnnl_memory_set_data_handle(array, C.c_void_p(address)))
             for step in steps:
-                step.execute()
+                step()
 
     return run
 

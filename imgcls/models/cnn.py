@@ -9,6 +9,34 @@ import jax.numpy as jnp
 from imgcls.models.common import ModuleDef, max_pool
 
 
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def whitening_filters(images: jax.Array, *, eps: float = 5e-4) -> jax.Array:
+    """Filters whose responses to 2x2 patches of `images` are uncorrelated, with unit variance.
+
+    The eigenvectors of the patches' covariance over the roots of its eigenvalues, and their
+    negatives, for an activation that passes one sign (arXiv 2404.00498, section 3.2).
+
+    Args:
+        images: float[B, H, W, C], normalised.
+        eps: added to the eigenvalues, so that flat images do not divide by zero.
+
+    Returns:
+        float32[2, 2, C, 8 C].
+    """
+    patches = jax.lax.conv_general_dilated_patches(
+        images.astype(jnp.float32), (2, 2), (1, 1), "VALID", dimension_numbers=LAYOUT
+    )  # float[B, H - 1, W - 1, C * 4], the channel outermost
+    channels = images.shape[-1]
+    patches = patches.reshape(-1, 4 * channels)
+    patches -= patches.mean(0)
+    values, vectors = jnp.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / jnp.sqrt(values + eps)).reshape(channels, 2, 2, 4 * channels)
+    filters = filters.transpose(1, 2, 0, 3)
+    return jnp.concatenate([filters, -filters], axis=-1)
+
+
 class CNN(nn.Module):
     """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
 
@@ -18,6 +46,9 @@ class CNN(nn.Module):
     is max-pooled to one vector, so any image of at least `2 ** len(widths)` pixels a side will do:
     two blocks suit 8x8 digits, six suit 224x224 photographs.
 
+    With `whiten`, a first layer of fixed filters decorrelates the pixels of each 2x2 patch; it is
+    initialised from the images that the model is initialised on (see `whitening_filters`).
+
     Normalised images [B, H, W, C] -> logits float32 [B, num_classes].
     """
 
@@ -26,6 +57,7 @@ class CNN(nn.Module):
     convs_per_block: int = 2
     dense_widths: tuple[int, ...] = ()  # hidden fully connected layers
     dropout_rate: float = 0.0  # before every fully connected layer
+    whiten: bool = False
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
     conv: ModuleDef = nn.Conv
     norm: ModuleDef = nn.BatchNorm
@@ -35,6 +67,14 @@ class CNN(nn.Module):
         conv = partial(self.conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
         norm = partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         x = x.astype(self.dtype)
+        if self.whiten:
+            # A statistic of the data, like BatchNorm's: kept with them, out of the optimiser's reach.
+            kernel = self.variable("batch_stats", "whitening", lambda: whitening_filters(x))
+            x = jax.lax.conv_general_dilated(
+                x, kernel.value.astype(self.dtype), (1, 1), "VALID", dimension_numbers=LAYOUT
+            )
+            bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
+            x = nn.gelu(x + bias.astype(self.dtype))
         for width in self.widths:
             for i in range(self.convs_per_block):
                 x = conv(width)(x)

@@ -1,4 +1,4 @@
-"""Residual networks: He et al. (arXiv 1512.03385, 1603.05027) and Zagoruyko & Komodakis (1605.07146)."""
+"""Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones)."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
             last = i + 1 == len(shape)
             x = self.conv(width, (kernel, kernel), strides)(x)
             if not self.preactivation:
-                # The last scale starts at zero: each block starts as the identity (arXiv 1706.02677).
+                # With its last scale at zero a block starts as the identity (arXiv 1706.02677).
                 x = self.norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones)(x)
             if not last:
                 x = nn.relu(self.norm()(x) if self.preactivation else x)
@@ -87,7 +87,7 @@ class ResNet(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet for small images (WRN-depth-factor): depth is 6 n + 4, dropout inside the blocks."""
+    """Wide ResNet for small images (WRN-depth-factor), dropout in its blocks; depth is 6 n + 4."""
 
     num_classes: int
     depth: int = 28

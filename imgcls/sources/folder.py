@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -127,10 +128,10 @@ def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
 
 
 def _walk(
-    directory: str, root: str, follow_links: bool, above: tuple[str, ...] = ()
+    directory: str, root: str, follow_links: bool, above: tuple[Path, ...] = ()
 ) -> Iterator[_File]:
-    real = os.path.realpath(directory)
-    if real in above:
+    real = Path(directory).resolve()
+    if any(folder.is_relative_to(real) for folder in above):
         raise UserError(f"{printable(directory)} links back to a folder around it; remove it")
     folders, files = _scan(directory, follow_links)
     for entry in files:

@@ -57,8 +57,6 @@ def _download(name: str, root: Path) -> Path:
     try:
         builder = tfds.builder(name, data_dir=root)
         check_features(name, builder)
-        if builder.data_path.exists():  # TFDS would take it as it is, even empty
-            return Path(builder.data_path)
         if urls := builder.url_infos:
             size = sum(info.size for info in urls.values()) / 2**20
             hosts = ", ".join(sorted({urlparse(url).netloc for url in urls}))
@@ -134,7 +132,7 @@ def _stop(*_: object) -> None:
 
 def _end_with_parent() -> None:
     sys.stdin.read()  # returns when the parent is gone, however it ended
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 def main() -> int:

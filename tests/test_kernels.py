@@ -1,0 +1,355 @@
+"""The oneDNN convolution is lax's, under every transformation, on any thread and device."""
+
+import functools
+import importlib.metadata
+import subprocess
+import sys
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from imgcls import kernels
+from imgcls.kernels import conv, ffi, onednn
+
+try:
+    importlib.metadata.version(onednn.DISTRIBUTION)
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip(f"{onednn.DISTRIBUTION} is not installed", allow_module_level=True)
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-7}
+
+CASES = {  # x, w, strides, padding
+    "3x3": ((2, 8, 8, 16), (3, 3, 16, 32), (1, 1), "SAME"),
+    "few channels": ((3, 9, 9, 3), (3, 3, 3, 10), (1, 1), "SAME"),
+    "stem": ((2, 20, 20, 3), (7, 7, 3, 16), (2, 2), "SAME"),
+    "strided, padded on one side": ((2, 8, 8, 16), (3, 3, 16, 16), (2, 2), "SAME"),
+    "strided 1x1": ((2, 8, 8, 16), (1, 1, 16, 32), (2, 2), "SAME"),
+    "even kernel": ((2, 8, 8, 3), (2, 2, 3, 24), (1, 1), "VALID"),
+    "nothing alike": ((3, 9, 7, 5), (3, 2, 5, 6), (2, 1), [(1, 2), (0, 3)]),
+    "padded before": ((2, 8, 8, 4), (3, 3, 4, 4), (2, 2), "SAME_LOWER"),
+    "one value": ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), "VALID"),
+    "no image": ((0, 4, 4, 8), (3, 3, 8, 8), (1, 1), "SAME"),
+}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request):
+    reason = kernels.unavailable(request.param)
+    if reason and "NotImplementedError" in reason:
+        pytest.skip(reason)
+    return jnp.dtype(request.param)
+
+
+def convolve(x, w, strides=(1, 1), padding="SAME", function=kernels.conv_general_dilated):
+    return function(x, w, strides, padding, dimension_numbers=LAYOUT)
+
+
+lax_convolve = functools.partial(convolve, function=lax.conv_general_dilated)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def pull(function, x, w, strides=(1, 1), padding="SAME"):
+    """Value and both gradients, for an incoming gradient that differs everywhere."""
+    value, vjp = jax.vjp(lambda x, w: function(x, w, strides, padding), x, w)
+    return value, *vjp(jnp.asarray(normal(2, *value.shape, dtype=value.dtype)))
+
+
+def assert_close(ours, theirs, dtype="float32"):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCES[dtype] * np.abs(b).max(initial=0))
+
+
+def assert_same_bits(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradients_are_those_of_lax(case, dtype):
+    x_shape, w_shape, strides, padding = CASES[case]
+    x, w = normal(0, *x_shape, dtype=dtype), normal(1, *w_shape, dtype=dtype)
+    ours = jax.jit(functools.partial(pull, convolve, strides=strides, padding=padding))(x, w)
+    exact = pull(lax_convolve, x.astype(np.float32), w.astype(np.float32), strides, padding)
+    assert [array.dtype for array in ours] == [dtype] * 3
+    assert_close(ours, exact, dtype.name)
+
+
+def test_weight_gradients_are_summed_in_float32(dtype):
+    x, w = jnp.ones((4, 32, 32, 1), dtype), jnp.ones((1, 1, 1, 1), dtype)
+    grad = jax.grad(lambda w: convolve(x, w).astype(jnp.float32).sum())(w)
+    assert float(grad.item()) == 4 * 32 * 32  # a sum in bfloat16 stops at 256
+
+
+def test_takes_what_linen_passes(dtype):
+    x = normal(0, 2, 9, 9, 3, dtype=dtype)
+    for settings in ({}, {"strides": 2}, {"padding": 1}, {"padding": "CIRCULAR"}):
+        layer = functools.partial(nn.Conv, 8, (3, 3), dtype=dtype, **settings)
+        variables = layer().init(jax.random.key(0), x)
+        ours = layer(conv_general_dilated=kernels.conv_general_dilated)
+        for images in (x, x[0], x[None]):  # Linen flattens leading axes
+            value, expected = ours.apply(variables, images), layer().apply(variables, images)
+            assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
+            assert_close(value, expected, dtype.name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dimension_numbers": None},
+        {"dimension_numbers": ("NHWC", "OIHW", "NHWC"), "rhs": (4, 4, 3, 3)},
+        {"dimension_numbers": ("NHC", "HIO", "NHC"), "lhs": (2, 8, 4), "rhs": (3, 4, 4)},
+        {"lhs_dilation": (2, 2)},
+        {"rhs_dilation": (1, 2)},
+        {"feature_group_count": 2, "rhs": (3, 3, 2, 4)},
+        {"batch_group_count": 2},
+        {"padding": [(0, 0), (-1, 2)]},
+        {"preferred_element_type": jnp.float32, "dtype": jnp.bfloat16},
+        {"dtype": jnp.float16},
+    ],
+    ids=str,
+)
+def test_refuses_what_no_model_uses(change):
+    arguments = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT, **change}
+    dtype = arguments.pop("dtype", jnp.float32)
+    lhs = jnp.ones(arguments.pop("lhs", (2, 8, 8, 4)), dtype)
+    rhs = jnp.ones(arguments.pop("rhs", (3, 3, 4, 4)), dtype)
+    if len(lhs.shape) == 3:
+        arguments["window_strides"] = (1,)
+    with pytest.raises(NotImplementedError, match="oneDNN convolution: "):
+        kernels.conv_general_dilated(lhs, rhs, **arguments)
+
+
+def test_refuses_what_lax_refuses():
+    with pytest.raises(ValueError, match="feature dimension"):
+        convolve(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 5, 4)))
+    with pytest.raises(TypeError, match="dtype"):
+        convolve(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4), jnp.bfloat16))
+
+
+def test_vmap():
+    x, w = normal(0, 3, 2, 8, 8, 4), normal(1, 3, 3, 3, 4, 8)
+    for axes in ((0, 0), (0, None), (None, 0)):
+        operands = [a if axis == 0 else a[0] for a, axis in zip((x, w), axes)]
+        ours, theirs = (
+            jax.vmap(functools.partial(pull, function), in_axes=axes)(*operands)
+            for function in (convolve, lax_convolve)
+        )
+        assert_close(ours, theirs)
+
+
+def test_scan_and_its_gradient():
+    x, ws = normal(0, 2, 8, 8, 4), 0.2 * normal(1, 3, 3, 3, 4, 4)
+
+    def loss(function, x, ws):
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(function(x, w)), None), x, ws)
+        return (x**2).sum()
+
+    ours, theirs = (
+        jax.jit(jax.grad(functools.partial(loss, function), argnums=(0, 1)))(x, ws)
+        for function in (convolve, lax_convolve)
+    )
+    assert_close(ours, theirs)
+
+
+def test_several_devices_at_once_are_one_device():
+    devices = jax.device_count()
+    x, w = normal(0, devices, 2, 8, 8, 16), normal(1, 3, 3, 16, 32)
+    step = functools.partial(pull, convolve)
+    ours = jax.pmap(step, in_axes=(0, None))(x, w)
+    for device in range(devices):
+        assert_same_bits([a[device] for a in ours], list(jax.jit(step)(x[device], w)))
+
+
+def test_partitioned_by_jit_and_by_shard_map():
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    x, w = normal(0, 8, 8, 8, 16), normal(1, 3, 3, 16, 32)
+    batch, replicated = PartitionSpec("data"), PartitionSpec()
+
+    def loss_and_grad(x, w, function=convolve, axis_name=None):
+        out = jax.value_and_grad(lambda w: (function(x, w) ** 2).mean())(w)
+        return lax.pmean(out, axis_name) if axis_name else out
+
+    expected = jax.jit(functools.partial(loss_and_grad, function=lax_convolve))(x, w)
+    shards = jax.device_put(x, NamedSharding(mesh, batch))
+    assert_close(jax.jit(loss_and_grad)(shards, w), expected)
+    each = functools.partial(loss_and_grad, axis_name="data")
+    specs = {"in_specs": (batch, replicated), "out_specs": replicated}
+    assert_close(jax.jit(jax.shard_map(each, mesh=mesh, check_vma=False, **specs))(x, w), expected)
+
+
+def test_several_threads_at_once():
+    w = normal(1, 3, 3, 16, 32)
+    xs = [normal(seed, 2, 8, 8, 16) for seed in range(6)]
+    step = jax.jit(functools.partial(pull, convolve))
+    expected, found = [step(x, w) for x in xs], {}
+
+    def work(index):
+        found[index] = [jax.block_until_ready(step(xs[index], w)) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(xs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, results in found.items():
+        for result in results:
+            assert_same_bits(result, expected[index])
+    assert len(found) == len(xs)
+
+
+def test_several_threads_trace_the_same_new_convolution():
+    x, w = normal(0, 2, 6, 5, 3), normal(1, 3, 3, 3, 4)
+    found = []
+
+    def work():
+        found.append(convolve(x, w))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert_close(found, [lax_convolve(x, w)] * 6)
+
+
+def test_twice_gives_the_same_bits(dtype):
+    x, w = normal(0, 16, 16, 16, 32, dtype=dtype), normal(1, 3, 3, 32, 32, dtype=dtype)
+    step = jax.jit(functools.partial(pull, convolve))
+    assert_same_bits(step(x, w), step(x, w))
+
+
+def test_an_unused_input_gradient_is_not_computed():
+    x, w = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 4, 4)
+
+    def program(argnums):
+        grad = jax.grad(lambda x, w: convolve(x, w).sum(), argnums)
+        return jax.jit(grad).lower(x, w).compile().as_text()
+
+    assert "conv_weight_grad" in program(1) and "conv_input_grad" not in program(1)
+    assert "conv_input_grad" in program(0) and "conv_weight_grad" not in program(0)
+
+
+def test_an_exception_in_a_target_is_an_xla_error():
+    def fails(*addresses):
+        raise ValueError(f"{len(addresses)} buffers and no idea")
+
+    ffi.register("imgcls_test_fails", fails)
+    call = jax.ffi.ffi_call("imgcls_test_fails", jax.ShapeDtypeStruct((4,), jnp.float32))
+    for function in (call, jax.jit(lambda x: call(x) + 1)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="ValueError: 2 buffers and no idea"):
+            jax.block_until_ready(function(jnp.ones(4)))
+
+
+def test_target_names_hash_the_whole_key():
+    base = onednn.Convolution(
+        x=(2, 8, 8, 4),
+        w=(3, 3, 4, 4),
+        y=(2, 8, 8, 4),
+        strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dtype="float32",
+    )
+    others = [
+        {"x": (3, 8, 8, 4), "y": (3, 8, 8, 4)},
+        {"w": (3, 3, 4, 8), "y": (2, 8, 8, 8)},
+        {"strides": (2, 2), "y": (2, 4, 4, 4)},
+        {"padding": ((2, 0), (1, 1))},
+        {"dtype": "bfloat16"},
+    ]
+    convolutions = [base] + [onednn.Convolution(**vars(base) | change) for change in others]
+    names = [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
+    assert len(set(names)) == len(names)
+    assert names == [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
+
+
+def run_python(source: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", source, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+SETUP = """
+import sys, jax, numpy as np
+from imgcls import kernels
+def convolve(x, w, strides):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return kernels.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=layout)
+"""
+
+CACHED = """
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.split("/")[-1]))
+rng = np.random.default_rng(0)
+w, x = (rng.standard_normal(shape).astype("float32") for shape in ((3, 3, 8, 8), (2, 8, 8, 8)))
+grad = jax.jit(jax.grad(lambda w: convolve(convolve(x, w, (1, 1)), w, (2, 2)).mean()))(w)
+print(events.count("cache_hits"), events.count("cache_misses"), np.asarray(grad).tobytes().hex())
+"""
+
+
+def test_a_cached_program_finds_its_kernels_in_a_new_process(tmp_path):
+    first, second = (run_python(SETUP + CACHED, tmp_path) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    (hits, misses, grad), (new_hits, new_misses, new_grad) = (
+        first.stdout.split(),
+        second.stdout.split(),
+    )
+    assert (hits, misses) == ("0", "1") and (new_hits, new_misses) == ("1", "0")
+    assert grad == new_grad
+
+
+PENDING = """
+@jax.jit
+def step(x, w):
+    return convolve(convolve(x, w, (1, 1)), w, (1, 1))
+x, w = np.zeros((64, 32, 32, 32), "float32"), np.zeros((3, 3, 32, 32), "float32")
+for _ in range(10):
+    x = step(x, w)
+del x
+"""
+
+
+def test_a_process_ends_while_programs_are_pending():
+    assert run_python(SETUP + PENDING).returncode == 0
+
+
+def test_unavailable_says_why_and_never_raises(monkeypatch):
+    def reason(dtype="float32"):
+        kernels.unavailable.cache_clear()
+        return kernels.unavailable(dtype)
+
+    try:
+        assert reason() is None
+        assert "float16" in reason("float16")
+        assert "TypeError" in reason("no dtype")
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "tpu")
+            assert "tpu" in reason()
+        with monkeypatch.context() as patch:
+            patch.setattr(conv, "TOLERANCES", {"float32": 0.0})
+            assert "differs from lax" in reason()
+        with monkeypatch.context() as patch:
+            patch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
+            patch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
+            assert "no-such-wheel" in reason()
+    finally:
+        kernels.unavailable.cache_clear()
+
+
+def test_identity_names_what_decides_the_bits():
+    identity = kernels.identity()
+    assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}
+    assert identity["onednn"].startswith("3.") and identity["openmp_threads"] >= 1
