@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from imgcls.models import MODELS
+from imgcls.models.cnn import LAYOUT, whitening_filters
 from imgcls.models.common import max_pool
 from imgcls.state import count_parameters
 
@@ -95,3 +96,24 @@ def test_a_residual_block_starts_near_the_identity(preactivation):
     ]
     zero = sum(not s.any() for s in scales)
     assert zero == (0 if preactivation else 8)  # one for each block where the norm comes last
+
+
+def test_whitening_decorrelates_the_patches_of_the_images_it_is_made_from():
+    noise = jax.random.normal(jax.random.key(0), (50, 12, 12, 3))
+    images = jnp.cumsum(noise, 1) + 3 * noise[..., :1]  # neighbours and channels go together
+    filters = whitening_filters(images, eps=0.0)
+    responses = jax.lax.conv_general_dilated(
+        images, filters, (1, 1), "VALID", dimension_numbers=LAYOUT
+    ).reshape(-1, 24)
+    np.testing.assert_allclose(jnp.cov(responses[:, :12].T), np.eye(12), atol=1e-3)
+    np.testing.assert_array_equal(responses[:, :12], -responses[:, 12:])
+
+
+def test_the_whitening_layer_is_learned_by_nobody():
+    model = MODELS["cnn"](num_classes=10, widths=(8,), whiten=True)
+    images = jax.random.normal(jax.random.key(0), (20, 8, 8, 1))
+    variables = model.init(jax.random.key(1), images, train=False)
+    expected = whitening_filters(images)
+    np.testing.assert_array_equal(variables["batch_stats"]["whitening"], expected)
+    _, updated = model.apply(variables, 2 * images, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(updated["batch_stats"]["whitening"], expected)

@@ -1,0 +1,188 @@
+"""A trained model as one file for other programs, checked before it takes its name.
+
+    python -m imgcls.export --workdir=runs/cifar10 --format=stablehlo|onnx|safetensors
+                            --output=PATH [--checkpoint=last|best|STEP]
+
+stablehlo and onnx hold preprocessing, weights and softmax: uint8[N, H, W, C] of the model's input
+size, for any N, to probabilities float32[N, K]; images of another type are refused.
+    stablehlo    for cpu, cuda and tpu: jax.export.deserialize(bytearray of the file).call(images)
+    onnx         input "images", output "probabilities", class names in the metadata as JSON;
+                 needs pip install -r requirements-onnx.txt
+    safetensors  the weights alone, named as in params.Conv_0.kernel; config and class names in the
+                 metadata as JSON
+
+The file is read back and compared with the model on 256 test images. Nothing is chosen by that: it
+does not count as an evaluation of the test split. Probabilities that differ by more than 1e-4 are
+an error (exit code 1), and the file is not kept.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from imgcls import cli, experiment
+from imgcls.classifier import Classifier, load
+from imgcls.data import Split
+from imgcls.errors import ImgclsError, UserError
+from imgcls.logs import say
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+EXAMPLES, BATCH_SIZE = 256, 64  # of the comparison
+TOLERANCE = 1e-4  # of a probability
+
+
+class FloatModel:
+    """A classifier's model with its weights on the host, in float32 and on plain XLA operations."""
+
+    def __init__(self, classifier: Classifier):
+        self.config, self.class_names = classifier.config, classifier.class_names
+        config = copy.deepcopy(classifier.config)
+        config.model.dtype = "float32"
+        self._model = experiment.build_model(config, len(self.class_names))
+        self._preprocess = classifier.preprocess
+        self.variables = jax.device_get(classifier.state.eval_variables)
+        shape = ", ".join(map(str, ("n", *config.data.image_size, config.data.channels)))
+        self.images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), np.uint8)
+
+    def apply(self, variables: Any, images: jax.Array) -> jax.Array:
+        """Probabilities float32[N, K] of images uint8[N, H, W, C]."""
+        return jax.nn.softmax(self._model.apply(variables, self._preprocess(images), train=False))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.apply(self.variables, images)
+
+
+def to_stablehlo(model: FloatModel) -> bytes:
+    return bytes(jax.export.export(jax.jit(model), platforms=PLATFORMS)(model.images).serialize())
+
+
+def load_stablehlo(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
+    return jax.export.deserialize(bytearray(path.read_bytes())).call
+
+
+def to_onnx(model: FloatModel) -> bytes:
+    from onnx import helper
+
+    from imgcls import onnx_graph
+
+    proto = onnx_graph.to_onnx(model, model.images, ("images", "probabilities"))
+    helper.set_model_props(proto, {"class_names": json.dumps(model.class_names)})
+    return proto.SerializeToString()
+
+
+def load_onnx(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["probabilities"], {"images": images})[0]
+
+
+def to_safetensors(model: FloatModel) -> bytes:
+    metadata = {
+        "config": json.dumps(experiment.to_json(model.config)),
+        "class_names": json.dumps(model.class_names),
+    }
+    return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)
+
+
+def load_safetensors(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
+    variables = unflatten_dict(safetensors.numpy.load_file(path), sep=".")
+    return jax.jit(partial(model.apply, variables))
+
+
+FORMATS = {
+    "stablehlo": (to_stablehlo, load_stablehlo),
+    "onnx": (to_onnx, load_onnx),
+    "safetensors": (to_safetensors, load_safetensors),
+}
+
+
+def export(classifier: Classifier, test: Split, path: Path, *, file_format: str) -> str:
+    """Writes the file, compares it with the model, and returns what was found in a line.
+
+    Args:
+        classifier: at the checkpoint to export.
+        test: what to compare on, its first 256 examples.
+        path: of the file.
+        file_format: a key of `FORMATS`.
+
+    Raises:
+        UserError: the path cannot be written, or the model has no ONNX form.
+        ImgclsError: the file's probabilities differ from the model's.
+    """
+    write, read = FORMATS[file_format]
+    model = FloatModel(classifier)
+    images, labels = test.images[:EXAMPLES], test.labels[:EXAMPLES]
+    starts = range(0, len(images), BATCH_SIZE)
+    # By default TPUs, and some GPUs, round the factors of float32 products to fewer bits.
+    with jax.default_matmul_precision("float32"):
+        try:
+            path.write_bytes(write(model))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        theirs, ours = (
+            np.concatenate([function(images[i : i + BATCH_SIZE]) for i in starts])
+            for function in (read(path, model), jax.jit(model))
+        )
+    difference = np.abs(theirs - ours).max()
+    accuracy, expected = ((p.argmax(1) == labels).mean() for p in (theirs, ours))
+    found = (
+        f"accuracy {accuracy:.4f}, the model's {expected:.4f}, on {len(images)} test images; "
+        f"largest difference of a probability {difference:.1e}"
+    )
+    if not difference <= TOLERANCE:  # NaN is an error too
+        raise ImgclsError(f"the {file_format} file is not kept, it is not the model: {found}")
+    return found
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its name at the end, unless there is an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise UserError(
+            f"--output={path} cannot be written ({error.strerror}): name a file that can be"
+        ) from None
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _main(_: list[str]) -> None:
+    workdir, file_format = cli.required_workdir(), flags.FLAGS.format
+    if not file_format or not flags.FLAGS.output:
+        raise UserError(f"name a --format ({', '.join(FORMATS)}) and the file, with --output=PATH")
+    if file_format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        raise UserError("--format=onnx needs more: pip install -r requirements-onnx.txt")
+    path = Path(flags.FLAGS.output)
+    with _replacing(path) as temporary:
+        classifier = load(workdir, flags.FLAGS.checkpoint)
+        (test,) = experiment.open_splits(classifier.config, "test")
+        found = export(classifier, test, temporary, file_format=file_format)
+    say(f"{path}: {found}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
+    flags.DEFINE_string("output", None, "The file to write.")
+    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    cli.define_workdir()
+    cli.run(_main, usage=__doc__)

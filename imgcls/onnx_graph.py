@@ -1,0 +1,202 @@
+"""From a JAX function to an ONNX graph, for the operations that image classifiers are made of.
+
+Interprets the jaxpr, as in JAX's "Writing custom Jaxpr interpreters": an equation whose inputs are
+all known is computed here, any other becomes ONNX nodes. To convert one more primitive, name it in
+`OPERATIONS`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from onnx import helper, numpy_helper
+
+from imgcls.errors import UserError
+
+OPSET = helper.make_opsetid("", 18)  # the first whose reductions take their axes as an input
+Value = str | np.ndarray  # of a variable: the name of an ONNX value, or the array itself
+
+
+def to_onnx(
+    function: Callable[[jax.Array], jax.Array], spec: jax.ShapeDtypeStruct, names: tuple[str, str]
+) -> onnx.ModelProto:
+    """A model of `function`.
+
+    Args:
+        function: of one array, giving one array.
+        spec: the argument's; of its sizes, one may be symbolic (`jax.export.symbolic_shape`).
+        names: of the model's input and output.
+
+    Raises:
+        UserError: the function uses a primitive that `OPERATIONS` lacks.
+    """
+    jaxpr = jax.make_jaxpr(function)(spec)
+    graph = _Graph()
+    (result,) = _interpret(graph, jaxpr, [names[0]])
+    graph.nodes.append(helper.make_node("Identity", [result], names[1:]))
+    infos = [
+        helper.make_tensor_value_info(
+            name,
+            helper.np_dtype_to_tensor_dtype(aval.dtype),
+            [size if isinstance(size, int) else str(size) for size in aval.shape],
+        )
+        for name, aval in zip(names, (*jaxpr.in_avals, *jaxpr.out_avals))
+    ]
+    proto = helper.make_graph(graph.nodes, "model", infos[:1], infos[1:], graph.initializers)
+    # Not the newest IR version, which older runtimes refuse.
+    version = helper.find_min_ir_version_for([OPSET])
+    model = helper.make_model(proto, opset_imports=[OPSET], ir_version=version)
+    onnx.checker.check_model(model)
+    return model
+
+
+class _Graph:
+    def __init__(self):
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def __call__(self, operator: str, *inputs: Value | Sequence[int], **attributes: Any) -> str:
+        """Adds a node with one output, whose name it returns."""
+        inputs = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+        output = f"value_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def _constant(self, array: np.ndarray | Sequence[int]) -> str:
+        name = f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+
+def _interpret(graph: _Graph, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.constvars, closed.consts)) | dict(zip(jaxpr.invars, inputs))
+
+    def read(atom: Any) -> Value:
+        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        name, arguments = eqn.primitive.name, [read(x) for x in eqn.invars]
+        if name in CALLS:
+            outputs = _interpret(graph, eqn.params[CALLS[name]], arguments)
+        elif not any(isinstance(x, str) for x in arguments):
+            outputs = eqn.primitive.bind(*arguments, **eqn.params)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        elif name in OPERATIONS:
+            outputs = [OPERATIONS[name](graph, eqn, *arguments)]
+        else:
+            raise UserError(
+                f"the model uses {name}, which has no ONNX form here: add one to OPERATIONS in "
+                "imgcls/onnx_graph.py, or use --format=stablehlo"
+            )
+        values.update(zip(eqn.outvars, outputs))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _same(operator: str) -> Callable[..., str]:
+    return lambda graph, eqn, *inputs: graph(operator, *inputs)
+
+
+def _reduce(operator: str) -> Callable[..., str]:
+    return lambda graph, eqn, x: graph(operator, x, list(eqn.params["axes"]), keepdims=0)
+
+
+def _cast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
+    return graph("Cast", x, to=helper.np_dtype_to_tensor_dtype(eqn.outvars[0].aval.dtype))
+
+
+def _reshape(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
+    return graph("Reshape", x, [_size(size, -1) for size in eqn.outvars[0].aval.shape])
+
+
+def _broadcast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
+    shape, kept = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
+    ones = [1] * len(shape)
+    for axis, size in zip(kept, eqn.invars[0].aval.shape):
+        ones[axis] = _size(size, -1)
+    # ONNX broadcasts both ways: a size of 1 leaves the axis as it is.
+    return graph("Expand", graph("Reshape", x, ones), [_size(size, 1) for size in shape])
+
+
+def _size(size: Any, symbolic: int) -> int:
+    return size if isinstance(size, int) else symbolic
+
+
+def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
+    last = eqn.invars[0].aval.ndim - 1
+    _require(eqn, dimension_numbers=(((last,), (0,)), ((), ())))
+    return graph("MatMul", x, y)
+
+
+def _conv(graph: _Graph, eqn: JaxprEqn, x: str, kernel: np.ndarray) -> str:
+    p, layout = eqn.params, eqn.params["dimension_numbers"]
+    _require(eqn, lhs_dilation=(1,) * len(p["window_strides"]), batch_group_count=1)
+    y = graph(
+        "Conv",
+        graph("Transpose", x, perm=layout.lhs_spec),
+        np.transpose(kernel, layout.rhs_spec),
+        strides=p["window_strides"],
+        dilations=p["rhs_dilation"],
+        group=p["feature_group_count"],
+        pads=[low for low, _ in p["padding"]] + [high for _, high in p["padding"]],
+    )
+    return graph("Transpose", y, perm=np.argsort(layout.out_spec))
+
+
+def _max_pool(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
+    p = eqn.params
+    _require(eqn, base_dilation=(1, 1, 1, 1), window_dilation=(1, 1, 1, 1))
+    pads = p["padding"][1:3]
+    y = graph(
+        "MaxPool",
+        graph("Transpose", x, perm=(0, 3, 1, 2)),
+        kernel_shape=p["window_dimensions"][1:3],
+        strides=p["window_strides"][1:3],
+        pads=[low for low, _ in pads] + [high for _, high in pads],
+    )
+    return graph("Transpose", y, perm=(0, 2, 3, 1))
+
+
+def _slice(graph: _Graph, eqn: JaxprEqn, x: str, starts: np.ndarray) -> str:
+    """x[:, a:b]: to JAX a gather of one slice, where the batch size is symbolic."""
+    axes = eqn.params["dimension_numbers"].start_index_map
+    _require(eqn, slice_sizes=eqn.outvars[0].aval.shape)
+    starts = np.asarray(starts, np.int64)
+    stops = starts + [eqn.params["slice_sizes"][axis] for axis in axes]
+    return graph("Slice", x, starts, stops, list(axes))
+
+
+def _require(eqn: JaxprEqn, **params: Any) -> None:
+    for name, value in params.items():
+        if eqn.params[name] != value:
+            raise UserError(
+                f"the model uses {eqn.primitive.name} with {name}={eqn.params[name]}, which has no "
+                "ONNX form in imgcls/onnx_graph.py: use --format=stablehlo"
+            )
+
+
+# Primitives that call a jaxpr, and which parameter that is.
+CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+OPERATIONS: dict[str, Callable[..., str]] = {
+    "add": _same("Add"),
+    "broadcast_in_dim": _broadcast,
+    "conv_general_dilated": _conv,
+    "convert_element_type": _cast,
+    "div": _same("Div"),
+    "dot_general": _dot,
+    "exp": _same("Exp"),
+    "gather": _slice,
+    "integer_pow": lambda graph, eqn, x: graph("Pow", x, np.float32(eqn.params["y"])),
+    "max": _same("Max"),
+    "mul": _same("Mul"),
+    "reduce_max": _reduce("ReduceMax"),
+    "reduce_sum": _reduce("ReduceSum"),
+    "reduce_window_max": _max_pool,
+    "reshape": _reshape,
+    "stop_gradient": _same("Identity"),
+    "sub": _same("Sub"),
+    "tanh": _same("Tanh"),
+}

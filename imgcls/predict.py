@@ -1,0 +1,115 @@
+"""What a trained model says about pictures.
+
+    python -m imgcls.predict --workdir=runs/cifar10 [--checkpoint=last|best|STEP] [--top=5]
+                             [--json] IMAGE_OR_FOLDER...
+
+Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
+of the names, without hidden files. With --json a line is {"path", "predictions": [{"class",
+"probability"}, ...]}, the likeliest first, or {"path", "error"} for a file that cannot be read. Such
+files are named on stderr, the others are still predicted, and the exit code is 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from absl import flags
+
+from imgcls import cli
+from imgcls.classifier import Classifier, load
+from imgcls.errors import BadExampleError, UserError
+from imgcls.logs import say
+from imgcls.sources.folder import IGNORED
+from imgcls.sources.images import decode_image, fit_image, printable
+
+
+def find_files(arguments: Iterable[str]) -> list[str]:
+    """The files named, and all files below the folders named, sorted within each of these.
+
+    Raises:
+        UserError: a path that does not exist, a folder that cannot be listed, or no files at all.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        if not os.path.exists(argument):
+            raise UserError(f"{printable(argument)} does not exist: name pictures or folders")
+        found += sorted(_files_below(argument)) if os.path.isdir(argument) else [argument]
+    if not found:
+        raise UserError("there is no file to predict: name pictures, or folders that hold some")
+    return found
+
+
+def _files_below(root: str) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{printable(error.filename)} cannot be listed: {error.strerror}")
+
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        again = real in seen  # a link may lead back to a folder above it
+        seen.add(real)
+        folders[:] = [] if again else sorted(f for f in folders if not f.startswith("."))
+        for name in [] if again else files:
+            path = os.path.join(folder, name)
+            # A link to nothing is reported; a pipe would be waited for.
+            regular = os.path.isfile(path) or not os.path.exists(path)
+            if regular and not name.startswith(".") and name.lower() not in IGNORED:
+                yield path
+
+
+def predict_files(
+    classifier: Classifier, paths: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray | BadExampleError]]:
+    """(path, probabilities float32[K] or why there are none), in order; reads a batch at a time."""
+    c, batch_size = classifier.config.data, classifier.config.eval.batch_size
+
+    def read(path: str) -> np.ndarray | BadExampleError:
+        try:
+            image = decode_image(path, channels=c.channels)
+            return fit_image(image, image_size=tuple(c.image_size), resize=c.resize)
+        except BadExampleError as error:
+            return error
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            images = list(executor.map(read, batch))
+            rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))
+            for path, image in zip(batch, images):
+                yield path, next(rows) if isinstance(image, np.ndarray) else image
+
+
+def _main(arguments: list[str]) -> None:
+    workdir, top = cli.required_workdir(), flags.FLAGS.top
+    paths = find_files(arguments)
+    classifier = load(workdir, flags.FLAGS.checkpoint)
+    names = classifier.class_names
+    if top is not None and not 1 <= top <= len(names):
+        raise UserError(f"--top={top} must be from 1 to {len(names)}, the classes of this run")
+    wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
+    bad = 0
+    for path, found in predict_files(classifier, paths):
+        row, text = {"path": path}, f"{printable(path):<{wide}}"
+        if isinstance(found, BadExampleError):
+            bad += 1
+            print(f"error: {found}", file=sys.stderr)
+            row["error"], text = str(found), f"{text}  cannot be read"
+        else:
+            row["predictions"] = []
+            for k in np.argsort(-found, kind="stable")[: top or 5]:
+                row["predictions"].append({"class": names[k], "probability": float(found[k])})
+                text += f"  {printable(names[k]):<{width}} {100 * found[k]:5.1f}%"
+        say(json.dumps(row) if flags.FLAGS.json else text)
+    if bad:
+        raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
+    flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
+    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    cli.define_workdir()
+    cli.run(_main, usage=__doc__, positional=True)

@@ -1,0 +1,165 @@
+"""Nothing is lost: real processes, real signals. A killed run that is started again ends bit for bit
+where the run that was never killed does."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from imgcls.logs import read_metrics
+from tests.conftest import ROOT, flags_of, run_main, small_config
+from tests.test_train import EVERYTHING, without_times
+
+DIGITS = "--config=configs/digits.py"
+LONGER = EVERYTHING | {"train__epochs": 40, "train__log_every_steps": 7}
+
+
+def start(workdir, config, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "main.py"), DIGITS, f"--workdir={workdir}"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, **options)
+
+
+def read_until(process, text) -> str:
+    """Everything that the process printed up to the first line with `text` in it."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if text in line:
+            return printed
+    raise AssertionError(f"{text!r} never came:\n{printed}")
+
+
+def finish(workdir, config):
+    result = run_main(DIGITS, f"--workdir={workdir}", *flags_of(config))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def final_arrays(workdir):
+    """Every array of the last checkpoint, as bytes by their SHA-256, and what is logged."""
+    from imgcls.checkpoint import Checkpoints
+
+    meta = Checkpoints(workdir / "checkpoints", read_only=True).read_meta()
+    (results,) = without_times([json.loads((workdir / "results.json").read_text())])
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
+        logits = saved["logits"].tobytes()
+    return meta["leaves"], logits, without_times(read_metrics(workdir / "metrics.jsonl")), results
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(workdir, small_config(**LONGER))
+    return final_arrays(workdir)
+
+
+def kill_and_resume(workdir, kills, seed):
+    """Kills a run at `kills` random moments between its start and its end, then lets it finish."""
+    moments = random.Random(seed)
+    config = small_config(**LONGER)
+    for _ in range(kills):
+        process = start(workdir, config)
+        if moments.random() < 0.8:  # else anywhere before the first step
+            read_until(process, "training:")
+        time.sleep(moments.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    finish(workdir, config)
+
+
+def test_killed_and_started_again_is_the_run_that_was_never_killed(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path, kills=2, seed=0)
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path, kills=20, seed=1)
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
+    config = small_config(**LONGER)
+    process = start(tmp_path, config)
+    read_until(process, "step 35 ")
+    process.send_signal(sent)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == code, printed
+    assert f"stopped by {sent.name}: step " in printed
+    step = int(printed.split("step ")[-1].split()[0])
+    resumed = finish(tmp_path, config)
+    assert f"resumed at step {step} of 200" in resumed.stdout
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("moment", ["train: 200 examples", "compiling"])
+def test_a_signal_before_the_first_step_says_that_there_is_nothing_to_save(tmp_path, moment):
+    process = start(tmp_path, small_config())
+    read_until(process, moment)
+    process.terminate()
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 143 and "nothing to save yet" in printed
+    assert "Traceback" not in printed
+
+
+def test_two_runs_in_one_workdir(tmp_path):
+    config = small_config(**LONGER)
+    first = start(tmp_path, config)
+    read_until(first, "compiling")
+    second = run_main(DIGITS, f"--workdir={tmp_path}", *flags_of(config))
+    assert second.returncode == 2 and f"in use by process {first.pid}" in second.stderr
+    assert first.poll() is None
+    first.kill()  # a killed run's lock is free at once
+    first.communicate()
+    finish(tmp_path, small_config(**LONGER))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupted, tmp_path):
+    config = small_config(**LONGER)
+    process = start(tmp_path, config)
+    read_until(process, "step 35 ")
+    process.terminate()
+    process.communicate()
+
+    def few_bytes():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    full = start(tmp_path, config, preexec_fn=few_bytes)
+    printed, _ = full.communicate(timeout=60)
+    assert full.returncode == 4, printed
+    assert "Traceback" not in printed and "error: " in printed
+    finish(tmp_path, config)
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(uninterrupted, tmp_path):
+    process = start(tmp_path, small_config(**LONGER), stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+def test_the_surroundings_do_not_matter(uninterrupted, tmp_path, monkeypatch):
+    environment = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs/digits.py'}"]
+    command += ["--workdir=a/relative one", *flags_of(small_config(**LONGER))]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert final_arrays(tmp_path / "a/relative one") == uninterrupted
+
+
+@pytest.mark.slow
+def test_the_digits_config_reaches_what_the_readme_promises(tmp_path):
+    result = run_main(DIGITS, f"--workdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["top1"] >= 0.99
