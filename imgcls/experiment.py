@@ -91,7 +91,8 @@ HARMLESS = {
 def validate(config: ConfigDict) -> None:
     """Raises UserError for the first key that is missing, unknown or out of its range."""
     flat = flatten(config)
-    model_fields = _model_fields(flat.get("model.name"))
+    _check("model.name", flat, *RULES["model.name"])  # it decides which keys there may be
+    model_fields = _model_fields(flat["model.name"])
     known = {*RULES, *(f"model.{field}" for field in model_fields)}
     for key in flat:
         if key not in known and not key.startswith("augment."):

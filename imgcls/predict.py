@@ -5,14 +5,14 @@
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
 of the names, without hidden files. With --json a line is {"path", "predictions": [{"class",
-"probability"}, ...]}, the likeliest first, or {"path", "error"} for a file that cannot be read. Such
-files are named on stderr, the others are still predicted, and the exit code is 2.
+"probability"}, ...]}, the likeliest first, or {"path", "error"} for a file that cannot be read:
+these are named on stderr, the others are still predicted, and the exit code is 2.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,8 +29,7 @@ from imgcls.sources.images import decode_image, fit_image, printable
 def find_files(arguments: Iterable[str]) -> list[str]:
     """The files named, and all files below the folders named, sorted within each of these.
 
-    Raises:
-        UserError: a path that does not exist, a folder that cannot be listed, or no files at all.
+    Raises UserError where a path does not exist or cannot be listed, and where there is no file.
     """
     found: list[str] = []
     for argument in arguments:
@@ -60,10 +59,8 @@ def _files_below(root: str) -> Iterator[str]:
                 yield path
 
 
-def predict_files(
-    classifier: Classifier, paths: Sequence[str]
-) -> Iterator[tuple[str, np.ndarray | BadExampleError]]:
-    """(path, probabilities float32[K] or why there are none), in order; reads a batch at a time."""
+def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | BadExampleError]:
+    """Of each file in turn, probabilities float32[K] or why there are none; reads by batches."""
     c, batch_size = classifier.config.data, classifier.config.eval.batch_size
 
     def read(path: str) -> np.ndarray | BadExampleError:
@@ -75,33 +72,30 @@ def predict_files(
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor:
         for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            images = list(executor.map(read, batch))
+            images = list(executor.map(read, paths[start : start + batch_size]))
             rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))
-            for path, image in zip(batch, images):
-                yield path, next(rows) if isinstance(image, np.ndarray) else image
+            for image in images:
+                yield next(rows) if isinstance(image, np.ndarray) else image
 
 
 def _main(arguments: list[str]) -> None:
-    workdir, top = cli.required_workdir(), flags.FLAGS.top
-    paths = find_files(arguments)
-    classifier = load(workdir, flags.FLAGS.checkpoint)
+    paths, top = find_files(arguments), flags.FLAGS.top
+    classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint)
     names = classifier.class_names
     if top is not None and not 1 <= top <= len(names):
         raise UserError(f"--top={top} must be from 1 to {len(names)}, the classes of this run")
     wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
     bad = 0
-    for path, found in predict_files(classifier, paths):
+    for path, found in zip(paths, predict(classifier, paths)):
         row, text = {"path": path}, f"{printable(path):<{wide}}"
         if isinstance(found, BadExampleError):
             bad += 1
             print(f"error: {found}", file=sys.stderr)
             row["error"], text = str(found), f"{text}  cannot be read"
         else:
-            row["predictions"] = []
-            for k in np.argsort(-found, kind="stable")[: top or 5]:
-                row["predictions"].append({"class": names[k], "probability": float(found[k])})
-                text += f"  {printable(names[k]):<{width}} {100 * found[k]:5.1f}%"
+            best = [(names[k], float(found[k])) for k in np.argsort(-found)[: top or 5]]
+            row["predictions"] = [{"class": name, "probability": p} for name, p in best]
+            text += "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
         say(json.dumps(row) if flags.FLAGS.json else text)
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")

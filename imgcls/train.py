@@ -308,8 +308,8 @@ class _Run:
         path = self.workdir / "diverged.json"
         write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
         raise DivergedError(
-            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])} ... "
-            f"(all {len(ids)} in {path}): lower config.optim.learning_rate, set "
+            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, "
+            f"... (all {len(ids)} in {path}): lower config.optim.learning_rate, set "
             "config.optim.clip_norm, or allow a few with config.train.max_bad_steps"
         )
 

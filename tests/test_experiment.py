@@ -12,6 +12,7 @@ import pytest
 from imgcls import experiment
 from imgcls.errors import UserError
 from imgcls.losses import cross_entropy
+from imgcls.models import resnet
 from imgcls.state import create_state
 from imgcls.steps import train_step
 from imgcls.workdir import write_json
@@ -21,7 +22,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_valid_and_takes_a_finite_step(name):
+def test_every_config_is_valid_and_takes_a_finite_step(name, monkeypatch):
+    monkeypatch.setitem(resnet.STAGES, 18, ((1, 1, 1, 1), False))
     config = importlib.import_module(f"configs.{name}").get_config()
     experiment.validate(config)
     config.model.dtype = "float32"

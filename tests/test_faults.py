@@ -1,8 +1,9 @@
-"""Nothing is lost: real processes, real signals. A killed run that is started again ends bit for bit
-where the run that was never killed does."""
+"""Nothing is lost: real processes, real signals.
+
+A run that was killed and started again ends bit for bit where the run that was never killed does.
+"""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from imgcls.logs import read_metrics
-from tests.conftest import ROOT, flags_of, run_main, small_config
+from tests.conftest import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
 
 DIGITS = "--config=configs/digits.py"
@@ -24,6 +25,7 @@ LONGER = EVERYTHING | {"train__epochs": 40, "train__log_every_steps": 7}
 def start(workdir, config, **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "main.py"), DIGITS, f"--workdir={workdir}"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    options |= {"env": as_users()}
     return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, **options)
 
 
@@ -150,7 +152,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(uninterrupted, tmp_path):
 
 
 def test_the_surroundings_do_not_matter(uninterrupted, tmp_path, monkeypatch):
-    environment = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
+    environment = as_users() | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs/digits.py'}"]
     command += ["--workdir=a/relative one", *flags_of(small_config(**LONGER))]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,12 +1,11 @@
 """A folder of images: `PATH/<class>/*`, or `PATH/{train,validation,test}/<class>/*`."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from absl import logging
 
 from imgcls.errors import UserError
 from imgcls.sources.images import DECODER, decode_image, printable

@@ -1,0 +1,242 @@
+"""A file is the model: in every format, for every family of models, at any batch size."""
+
+import copy
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from flax.traverse_util import unflatten_dict
+
+from imgcls import experiment, load
+from imgcls import export as module
+from imgcls.classifier import Classifier
+from imgcls.errors import ImgclsError, UserError
+from imgcls.export import FORMATS, FloatModel, export
+from imgcls.models import resnet
+from imgcls.state import create_state
+from imgcls.train import train_and_evaluate
+from tests.conftest import ROOT, small_config
+
+needs_onnx = pytest.mark.skipif(
+    not (find_spec("onnx") and find_spec("onnxruntime")),
+    reason="needs pip install -r requirements-onnx.txt",
+)
+NAMES = tuple("abcdefghij")
+MODELS = {
+    # An odd size, so that pooling leaves a row and a column out; the average of the parameters.
+    "cnn": {"data__image_size": (9, 11), "data__channels": 3, "optim__ema_decay": 0.9},
+    "mlp": {"model__dtype": "bfloat16"},
+    "resnet": {},
+    "resnet of photographs": {"data__image_size": (33, 32), "data__channels": 3},
+}
+FIELDS = {
+    "mlp": {"dense_widths": (16,), "dropout_rate": 0.1},
+    "resnet": {"depth": 18, "stem": "cifar", "preactivation": False, "dropout_rate": 0.1},
+}
+FIELDS["resnet of photographs"] = FIELDS["resnet"] | {"stem": "imagenet", "preactivation": True}
+
+
+def model_config(name):
+    config = small_config(**MODELS[name])
+    channels = config.data.channels
+    config.data.mean, config.data.std = (0.3, 0.4, 0.5)[:channels], (0.2, 0.3, 0.4)[:channels]
+    if name in FIELDS:
+        common = {"dtype": config.model.dtype, "cpu_kernels": "auto"}
+        config.model = {"name": name.split()[0], **FIELDS[name], **common}
+    experiment.validate(config)
+    return config
+
+
+def random_classifier(config):
+    """A model whose every variable, running statistics included, is drawn at random."""
+    model = experiment.build_model(config, len(NAMES))
+    sample = jnp.zeros((1, *config.data.image_size, config.data.channels))
+    state = jax.eval_shape(
+        lambda: create_state(
+            jax.random.key(0),
+            sample,
+            model=model,
+            tx=experiment.build_optimizer(config, lambda step: 0.1),
+            ema=config.optim.ema_decay > 0,
+        )
+    )
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        values = rng.uniform(0.5, 1.5, x.shape) if len(x.shape) < 2 else rng.normal(size=x.shape)
+        return (values / max(1, np.prod(x.shape[:-1])) ** 0.5).astype(x.dtype)
+
+    return Classifier(config, model, jax.tree.map(draw, state), {"class_names": NAMES})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def classifier(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.STAGES, 18, ((1, 1), False))  # half of the stages: seconds to compile
+        yield random_classifier(model_config(request.param))
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return random_classifier(model_config("mlp"))
+
+
+def random_images(config, examples, seed=0):
+    shape = (examples, *config.data.image_size, config.data.channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def random_split(classifier, examples=70):
+    from imgcls.data import Split
+
+    images = random_images(classifier.config, examples)
+    labels = classifier(images).argmax(1).astype(np.int32)
+    return Split("test", images, labels, range(examples), NAMES)
+
+
+@pytest.mark.parametrize(
+    "file_format", [pytest.param(f, marks=needs_onnx if f == "onnx" else ()) for f in FORMATS]
+)
+def test_a_file_is_the_model_at_any_batch_size(classifier, file_format, tmp_path):
+    path = tmp_path / "model"
+    found = export(classifier, random_split(classifier), path, file_format=file_format)
+    assert "on 70 test images" in found
+    probabilities = FORMATS[file_format][1](path, FloatModel(classifier))
+    for examples in (1, 7):
+        images = random_images(classifier.config, examples, seed=1)
+        found, expected = np.asarray(probabilities(images)), classifier(images)
+        assert found.dtype == np.float32 and found.shape == (examples, 10)
+        in_bfloat16 = classifier.config.model.dtype == "bfloat16"
+        np.testing.assert_allclose(found, expected, atol=0.02 if in_bfloat16 else 1e-5)
+    assert expected.std(0).max() > 0.01, "every image gets the same: nothing was compared"
+
+
+def test_a_program_runs_everywhere_on_bytes_of_the_right_size_alone(mlp, tmp_path):
+    path = tmp_path / "model"
+    export(mlp, random_split(mlp), path, file_format="stablehlo")
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert "bf16" not in exported.mlir_module()
+    for wrong in (np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 9, 1), np.uint8)):
+        with pytest.raises(ValueError):
+            exported.call(wrong)
+
+
+@needs_onnx
+def test_an_onnx_file_takes_bytes_of_the_right_size_alone(mlp, tmp_path):
+    import onnxruntime
+
+    path = tmp_path / "model"
+    export(mlp, random_split(mlp), path, file_format="onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map == {"class_names": json.dumps(NAMES)}
+    for wrong in (np.zeros((2, 8, 8, 1), np.float32), np.zeros((2, 8, 9, 1), np.uint8)):
+        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+            session.run(None, {"images": wrong})
+
+
+@needs_onnx
+def test_what_has_no_onnx_form_is_named():
+    from imgcls.onnx_graph import to_onnx
+
+    spec = jax.ShapeDtypeStruct((2, 3), np.float32)
+    for function, name in (
+        (jnp.sort, "sort"),
+        (lambda x: x.T @ x, "transpose"),
+        (lambda x: jnp.einsum("ij,kj->ik", x, np.ones((4, 3))), "dot_general"),
+    ):
+        with pytest.raises(UserError, match=rf"the model uses {name}\b.*--format=stablehlo"):
+            to_onnx(function, spec, ("x", "y"))
+
+
+def test_weights_keep_their_names_with_the_config_and_the_classes(classifier, tmp_path):
+    path = tmp_path / "weights"
+    export(classifier, random_split(classifier), path, file_format="safetensors")
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        variables = unflatten_dict({k: file.get_tensor(k) for k in file.keys()}, sep=".")  # noqa: SIM118
+    config = experiment.to_json(classifier.config)
+    assert json.loads(metadata["config"]) == config
+    assert tuple(json.loads(metadata["class_names"])) == NAMES
+    expected = {k: v for k, v in classifier.state.eval_variables.items() if v}
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+@pytest.mark.parametrize("factor", [1.1, np.nan])
+def test_a_file_that_is_not_the_model_is_an_error(mlp, tmp_path, monkeypatch, factor):
+    def spoilt(model):
+        other = copy.copy(model)
+        other.variables = jax.tree.map(lambda x: x * np.float32(factor), model.variables)
+        return module.to_safetensors(other)
+
+    monkeypatch.setitem(FORMATS, "safetensors", (spoilt, module.load_safetensors))
+    with pytest.raises(ImgclsError, match="the safetensors file is not kept") as error:
+        export(mlp, random_split(mlp), tmp_path / "model", file_format="safetensors")
+    assert error.value.exit_code == 1
+
+
+def test_a_file_takes_its_name_when_all_went_well(tmp_path):
+    path = tmp_path / "new/model"
+    for text, error in (("one", None), ("two", ValueError), ("three", None)):
+        try:
+            with module._replacing(path) as temporary:
+                temporary.write_text(text)
+                if error:
+                    raise error
+        except ValueError:
+            assert path.read_text() == "one"
+        assert list(path.parent.iterdir()) == [path]
+    assert path.read_text() == "three"
+
+
+def run(*arguments, code=("-m", "imgcls.export")):
+    command = [sys.executable, *code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file/model"):
+        with (
+            pytest.raises(UserError, match="--output=.* cannot be written"),
+            module._replacing(path),
+        ):
+            raise AssertionError
+    result = run("--workdir=nowhere", "--format=stablehlo", f"--output={tmp_path}")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --output={tmp_path} cannot be written")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_onnx_a_line_says_what_to_install(tmp_path):
+    code = (
+        "import runpy, sys; sys.modules['onnxruntime'] = None; "
+        "runpy.run_module('imgcls.export', run_name='__main__', alter_sys=True)"
+    )
+    result = run("--workdir=nowhere", "--format=onnx", "--output=x", code=("-c", code))
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --format=onnx needs more: pip install -r requirements-onnx.txt\n"
+    )
+
+
+def test_the_command(tmp_path):
+    workdir, path = tmp_path / "run", tmp_path / "model"
+    train_and_evaluate(small_config(train__epochs=1), workdir)
+    result = run(f"--workdir={workdir}", "--format=stablehlo", f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    line = result.stdout.splitlines()[-1]
+    accuracy = json.loads((workdir / "results.json").read_text())["top1"]
+    assert line.startswith(f"{path}: accuracy {accuracy:.4f}, the model's {accuracy:.4f}, on 50 ")
+    assert len((workdir / "test_evaluations.jsonl").read_text().splitlines()) == 1
+    classifier = load(workdir)
+    images = experiment.open_splits(classifier.config, "test")[0].images
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    np.testing.assert_allclose(exported.call(images), classifier(images), atol=1e-6)

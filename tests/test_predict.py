@@ -1,0 +1,193 @@
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from imgcls import experiment, load
+from imgcls import predict as module
+from imgcls.errors import BadExampleError, UserError
+from imgcls.predict import find_files, predict
+from imgcls.train import train_and_evaluate
+from tests.conftest import ROOT, small_config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train_and_evaluate(small_config(train__epochs=1), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def classifier(workdir):
+    return load(workdir)
+
+
+@pytest.fixture(scope="module")
+def digits(classifier):
+    return experiment.open_splits(classifier.config, "test")[0].images
+
+
+@pytest.fixture(scope="module")
+def pictures(digits, tmp_path_factory):
+    """The test images as PNG files, named in their order."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, image in enumerate(digits):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:03}.png")
+    return folder
+
+
+def evaluated(workdir):
+    with np.load(workdir / "predictions.npz") as saved:
+        return np.asarray(jax.nn.softmax(saved["logits"]))
+
+
+def run(workdir, *arguments):
+    command = [sys.executable, "-m", "imgcls.predict", f"--workdir={workdir}"]
+    command += map(str, arguments)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_files_of_the_test_images_get_the_bits_of_the_evaluation(workdir, classifier, pictures):
+    found = np.stack(list(predict(classifier, find_files([str(pictures)]))))
+    np.testing.assert_array_equal(found, evaluated(workdir))
+
+
+def test_in_other_batches_they_get_the_same_within_a_millionth(workdir, pictures):
+    classifier = load(workdir)
+    classifier.config.eval.batch_size = 8
+    found = np.stack(list(predict(classifier, find_files([str(pictures)]))))
+    np.testing.assert_allclose(found, evaluated(workdir), rtol=0, atol=1e-6)
+
+
+def test_every_kind_of_picture_of_a_digit_is_that_digit(classifier, digits, tmp_path):
+    gray = digits[0, ..., 0]
+    plain = Image.fromarray(gray)
+    sideways = plain.getexif()
+    sideways[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    kinds = {
+        "8.bmp": (plain, {}),
+        "16.png": (Image.fromarray(gray.astype(np.uint16) * 257), {}),
+        "colour.webp": (plain.convert("RGB"), {"lossless": True}),
+        "palette.png": (plain.convert("P"), {}),
+        "first.gif": (plain, {"save_all": True, "append_images": [Image.new("L", (8, 8))]}),
+        "opaque.png": (plain.convert("RGBA"), {}),
+        "no extension": (plain, {"format": "PNG"}),
+        "sideways.png": (plain.transpose(Image.Transpose.ROTATE_90), {"exif": sideways}),
+    }
+    for name, (image, options) in kinds.items():
+        image.save(tmp_path / name, **options)
+    for path, found in zip(kinds, predict(classifier, [str(tmp_path / k) for k in kinds])):
+        np.testing.assert_allclose(found, classifier(digits[:1])[0], atol=1e-6, err_msg=path)
+
+
+def test_pictures_of_any_size_and_colour_get_probabilities(classifier, tmp_path):
+    pictures = [
+        Image.new("L", (1, 1)),
+        Image.new("RGB", (4000, 1), "red"),
+        Image.new("RGB", (1, 4000)),
+        Image.new("CMYK", (30, 20), (0, 9, 99, 0)),
+        Image.new("RGBA", (30, 20), (9, 9, 9, 0)),
+        Image.new("1", (100, 300)),
+    ]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / str(i), "JPEG" if picture.mode == "CMYK" else "PNG")
+    found = np.stack(list(predict(classifier, find_files([str(tmp_path)]))))
+    assert found.shape == (len(pictures), 10) and found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
+    arrays = [np.asarray(p.convert("L"))[..., None] for p in pictures[:3]]
+    np.testing.assert_allclose(classifier(arrays), found[:3], atol=1e-6)
+
+
+def test_an_unreadable_file_leaves_the_others_as_they_are(classifier, pictures, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    good = [str(pictures / f"{i:03}.png") for i in range(3)]
+    expected = list(predict(classifier, good))
+    first, bad, *rest = predict(classifier, [good[0], str(tmp_path / "bad.png"), *good[1:]])
+    assert isinstance(bad, BadExampleError) and "bad.png" in str(bad)
+    np.testing.assert_allclose([first, *rest], expected, atol=1e-6)
+    (only,) = predict(classifier, [str(tmp_path / "bad.png")])
+    assert isinstance(only, BadExampleError)
+
+
+def test_one_batch_is_in_memory_at_a_time(classifier, pictures, monkeypatch):
+    reads = []
+    decode = module.decode_image
+    monkeypatch.setattr(module, "decode_image", lambda *a, **k: reads.append(1) or decode(*a, **k))
+    found = predict(classifier, find_files([str(pictures)]) * 3)
+    next(found)
+    assert len(reads) == classifier.config.eval.batch_size < 3 * 50
+    assert len(list(found)) == 3 * 50 - 1 == len(reads) - 1
+
+
+def test_folders_are_searched_once_each_and_hidden_files_left_out(tmp_path):
+    for name in ["b/2.png", "b/1", "a/z/1.png", ".git/no.png", "b/.no.png", "c/Thumbs.db", "0.png"]:
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).touch()
+    top, linked = tmp_path / "top", tmp_path / "elsewhere"
+    linked.mkdir()
+    (linked / "far.png").touch()
+    (top / "a/loop").symlink_to(top)
+    (top / "d").symlink_to(linked)
+    (top / "gone.png").symlink_to("nowhere")
+    os.mkfifo(top / "pipe.png")
+    names = ["0.png", "a/z/1.png", "b/1", "b/2.png", "d/far.png", "gone.png"]
+    expected = [str(top / name) for name in names]
+    assert find_files([str(top)]) == expected
+    first = str(top / "b/2.png")
+    assert find_files([first, str(top), first]) == [first, *expected, first]
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no\\nwhere does not exist"):
+        find_files([str(tmp_path), str(tmp_path / "no\nwhere")])
+    for nothing in ([], [str(tmp_path)]):
+        with pytest.raises(UserError, match="no file to predict"):
+            find_files(nothing)
+
+
+def test_lines_for_programs(workdir, classifier, digits, tmp_path):
+    names = ["0\x1b[31m\n\udcff.png", "1.png", "2.png"]
+    for name, image in zip(names, digits):
+        Image.fromarray(image[..., 0]).save(tmp_path / name)
+    (tmp_path / "1.png").write_bytes(b"")
+    result = run(workdir, "--json", "--top=10", tmp_path)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["path"] for row in rows] == [str(tmp_path / name) for name in names]
+    assert set(rows[1]) == {"path", "error"} and "is empty" in rows[1]["error"]
+    assert result.returncode == 2
+    assert "1.png: the file is empty" in result.stderr and "1 of 3 files" in result.stderr
+    for row, image in zip(rows[::2], digits[::2]):
+        found = {p["class"]: p["probability"] for p in row["predictions"]}
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        expected = dict(zip(classifier.class_names, classifier(image[None])[0]))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def set_flags(monkeypatch, workdir, **changed):
+    values = {"workdir": workdir, "checkpoint": "", "top": None, "json": False} | changed
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**values))
+
+
+def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, capsys):
+    set_flags(monkeypatch, workdir)
+    path = tmp_path / "0\x1b[31m\n.png"
+    Image.fromarray(digits[0, ..., 0]).save(path)
+    module._main([str(path)])
+    found = classifier(digits[:1])[0]
+    best = "  ".join(f"{k} {found[k]:6.1%}" for k in np.argsort(-found)[:5])
+    assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n.png  {best}" + "\n"
+
+
+@pytest.mark.parametrize("top", [0, -1, 11])
+def test_no_class_and_more_than_there_are_cannot_be_asked_for(workdir, pictures, monkeypatch, top):
+    set_flags(monkeypatch, workdir, top=top)
+    with pytest.raises(UserError, match=f"--top={top} must be from 1 to 10"):
+        module._main([str(pictures)])
