@@ -1,6 +1,6 @@
 """A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,30 +48,38 @@ class Classifier:
         """
         c = self.config.data
         size = tuple(c.image_size)
-        fitted = [fit_image(np.asarray(x), image_size=size, resize=c.resize) for x in images]
-        if not fitted:
-            return np.zeros((0, len(self.class_names)), np.float32)
-        images = np.stack(fitted)
-        if images.dtype != np.uint8 or images.shape[3] != c.channels:
-            raise ValueError(
-                f"images must be uint8[N, h, w, {c.channels}], not {images.dtype}{images.shape}"
-            )
-        zeros = np.zeros(len(images), np.int32)
-        split = Split("images", images, zeros, range(len(images)), self.class_names)
-        return np.asarray(jax.nn.softmax(self.logits(split)))
+        fitted = np.empty((len(images), *size, c.channels), np.uint8)
+        for i, image in enumerate(map(np.asarray, images)):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != c.channels:
+                raise ValueError(
+                    f"an image must be uint8[h, w, {c.channels}], not {image.dtype}{image.shape}"
+                )
+            fitted[i] = fit_image(image, image_size=size, resize=c.resize)
+        zeros = np.zeros(len(fitted), np.int32)
+        split = Split("images", fitted, zeros, range(len(fitted)), self.class_names)
+        rows = [np.zeros((0, len(self.class_names)), np.float32), *self._batches(split)]
+        return np.asarray(jax.nn.softmax(np.concatenate(rows)))
 
     def logits(self, split: Split, *, poll: Callable[[], None] = lambda: None) -> np.ndarray:
         """Logits float32[N, K] of a split's examples, in order; `poll` runs before each batch."""
-        batch_size = self.config.eval.batch_size
         rows = []
         with progress(len(split), f"evaluating {split.name}", "images") as bar:
-            for indices in eval_order(len(split), batch_size=batch_size):
-                poll()
-                images = put_batch(split.read, indices, self.mesh)["image"]
-                keep = int((indices >= 0).sum())
-                rows.append(np.asarray(self._predict(self.state, images))[:keep])
-                bar.update(keep)
+            for logits in self._batches(split, poll):
+                rows.append(logits)
+                bar.update(len(logits))
         return np.concatenate(rows)
+
+    def _batches(
+        self, split: Split, poll: Callable[[], None] = lambda: None
+    ) -> Iterator[np.ndarray]:
+        # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
+        devices = jax.device_count()
+        enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
+        batch_size = min(self.config.eval.batch_size, enough)
+        for indices in eval_order(len(split), batch_size=batch_size):
+            poll()
+            images = put_batch(split.read, indices, self.mesh)["image"]
+            yield np.asarray(self._predict(self.state, images))[: int((indices >= 0).sum())]
 
 
 def load(workdir: str | Path, checkpoint: str = "") -> Classifier:

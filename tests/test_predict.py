@@ -13,15 +13,16 @@ from PIL import Image
 from imgcls import experiment, load
 from imgcls import predict as module
 from imgcls.errors import BadExampleError, UserError
+from imgcls.evaluate import evaluate
 from imgcls.predict import find_files, predict
-from imgcls.train import train_and_evaluate
 from tests.conftest import ROOT, small_config
+from tests.untrained_run import write_untrained_run
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train_and_evaluate(small_config(train__epochs=1), workdir)
+    write_untrained_run(workdir, small_config(), tuple("0123456789"))
     return workdir
 
 
@@ -31,8 +32,11 @@ def classifier(workdir):
 
 
 @pytest.fixture(scope="module")
-def digits(classifier):
-    return experiment.open_splits(classifier.config, "test")[0].images
+def digits(classifier, workdir):
+    """The test images, after their evaluation."""
+    (test,) = experiment.open_splits(classifier.config, "test")
+    evaluate(classifier, {"test": test}, workdir, split="test", checkpoint="last")
+    return test.images
 
 
 @pytest.fixture(scope="module")
