@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "cnn"
-    config.model.widths = (32, 64)  # channels, a block each
+    config.model.widths = (64, 128)  # channels, a block each
     config.model.convs_per_block = 2
     config.model.dense_widths = (128,)  # hidden fully connected layers
     config.model.dropout_rate = 0.2
@@ -51,16 +51,16 @@ def get_config() -> ConfigDict:
     config.optim.momentum = 0.9
     config.optim.weight_decay = 0.05
     config.optim.clip_norm = 0.0  # 0: no clipping
-    config.optim.label_smoothing = 0.0
-    config.optim.ema_decay = 0.0  # a step; 0: no averaging
+    config.optim.label_smoothing = 0.1
+    config.optim.ema_decay = 0.98  # a step; 0: no averaging
 
     config.train = ConfigDict()
     config.train.batch_size = 64
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 40
-    config.train.log_every_steps = 20
-    config.train.validate_every_epochs = 5
-    config.train.checkpoint_every_epochs = 5
+    config.train.epochs = 50
+    config.train.log_every_steps = 100
+    config.train.validate_every_epochs = 10
+    config.train.checkpoint_every_epochs = 10
     config.train.max_bad_steps = 0  # steps to skip whose loss is not finite, before giving up
 
     config.eval = ConfigDict()

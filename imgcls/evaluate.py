@@ -1,12 +1,14 @@
 """How good a trained model is, on a split of its data.
 
     python -m imgcls.evaluate --workdir=runs/cifar10 [--split=test|validation|train]
-                              [--checkpoint=last|best|STEP]
+                              [--checkpoint=last|best|STEP] [--tta=flip|shifts]
 
 Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
-names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it.
+names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it. With --tta
+the logits of several views of each image are averaged too: a second figure beside the plain one.
 """
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable
@@ -34,6 +36,7 @@ def evaluate(
     *,
     split: str,
     checkpoint: str,
+    tta: str = "",
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluates, writes the results and predictions files, prints the result and returns it.
@@ -45,6 +48,7 @@ def evaluate(
         workdir: of the run.
         split: "train", "validation" or "test".
         checkpoint: the name it goes by: "last", "best" or a step.
+        tta: a key of `VIEWS`: adds the figures of test-time augmentation.
         poll: called before each batch; may raise to stop.
     """
     config, step = classifier.config, int(classifier.state.step)
@@ -80,6 +84,12 @@ def evaluate(
         **backend.describe(),
         **scores,
     }
+    if tta:
+        views = [dataclasses.replace(examples, images=view) for view in VIEWS[tta](examples.images)]
+        mean = sum(classifier.logits(view, poll=poll) for view in views) / len(views)
+        averaged = evaluate_logits(mean, examples.labels, examples.class_names)
+        keys = ("top1", "top1_interval", "top5", "loss")
+        results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in keys}
     np.savez_compressed(
         workdir / f"predictions{suffix}.npz",
         logits=logits[split],
@@ -92,8 +102,29 @@ def evaluate(
         images, samples = examples.images.__getitem__, read_samples(workdir)
         write_report(workdir, gallery_images=images, sample_images=samples)
     correct = round(results["top1"] * results["examples"])
+    if tta:
+        say(f"{split} top1 {averaged['top1']:.4f} with test-time augmentation ({tta})")
     say(f"{split} top1 {results['top1']:.4f} ({correct}/{results['examples']})  {path}")
     return results
+
+
+def _mirrored(images: np.ndarray) -> list[np.ndarray]:
+    """Images uint8[N, H, W, C], and their mirror images."""
+    return [images, images[:, :, ::-1]]
+
+
+def _shifted(images: np.ndarray) -> list[np.ndarray]:
+    """Shifted by (1, 1), (0, 0) and (-1, -1) pixels, each with its mirror image: six views."""
+    h, w = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    return [
+        view
+        for shift in (1, 0, 2)
+        for view in _mirrored(padded[:, shift : shift + h, shift : shift + w])
+    ]
+
+
+VIEWS = {"flip": _mirrored, "shifts": _shifted}
 
 
 def _break_seal(workdir: Path, checkpoint: str, step: int) -> None:
@@ -118,11 +149,13 @@ def _main(_: list[str]) -> None:
         workdir,
         split=split,
         checkpoint=checkpoint or config.eval.checkpoint,
+        tta=flags.FLAGS.tta or "",
     )
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
     flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
     cli.define_workdir()
     cli.run(_main, usage=__doc__)

@@ -1,0 +1,79 @@
+"""The command that evaluates a finished run says what the end of training said."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from imgcls.evaluate import VIEWS
+from imgcls.train import train_and_evaluate
+from tests.conftest import ROOT, as_users, small_config
+
+
+def evaluate(workdir, *arguments):
+    command = [sys.executable, "-m", "imgcls.evaluate", f"--workdir={workdir}", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": as_users()}
+    return subprocess.run(command, cwd=ROOT, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    train_and_evaluate(small_config(train__epochs=4), workdir)
+    return workdir
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_validation_and_the_best_checkpoint_go_to_files_of_their_own(finished):
+    before = (finished / "results.json").read_bytes()
+    result = evaluate(finished, "--split=validation", "--checkpoint=best")
+    assert result.returncode == 0, result.stderr
+    results = read(finished / "results_validation_best.json")
+    assert (results["examples"], results["checkpoint"]) == (90, "best")
+    with np.load(finished / "predictions_validation_best.npz", allow_pickle=False) as saved:
+        assert results["top1"] == (saved["logits"].argmax(1) == saved["labels"]).mean()
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_the_test_split_again_gives_the_same_and_is_counted(finished):
+    before = read(finished / "results.json")
+    seals = lambda: (finished / "test_evaluations.jsonl").read_text().splitlines()
+    looks = len(seals())
+    result = evaluate(finished, "--tta=shifts")
+    assert result.returncode == 0, result.stderr
+    after = read(finished / "results.json")
+    views = after.pop("test_time_augmentation")
+    assert views["views"] == "shifts" and 0 <= views["top1"] <= 1
+    for key in ("top1", "confusion_matrix", "step", "examples"):
+        assert after[key] == before[key]
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert len(seals()) == looks + 1
+    assert json.loads(seals()[-1]).items() >= {"checkpoint": "last", "step": 20}.items()
+
+
+def test_mistakes_are_refused_in_one_line(finished, tmp_path):
+    for arguments, code, message in [
+        ([f"--workdir={tmp_path}"], 2, "config.json does not exist"),
+        ([f"--workdir={finished}", "--checkpoint=77"], 4, "has no checkpoint 77: there are"),
+        ([f"--workdir={finished}", "--split=tset"], 2, "--split"),
+    ]:
+        result = evaluate(finished, *arguments)
+        assert result.returncode == code and "Traceback" not in result.stderr
+        assert message in result.stderr and result.stderr.count("error: ") == 1
+
+
+def test_views_are_shifts_and_mirror_images_of_the_picture():
+    images = np.arange(2 * 5 * 6 * 1, dtype=np.uint8).reshape(2, 5, 6, 1)
+    plain, mirrored = VIEWS["flip"](images)
+    np.testing.assert_array_equal(plain, images)
+    np.testing.assert_array_equal(mirrored[:, :, ::-1], images)
+    views = VIEWS["shifts"](images)
+    np.testing.assert_array_equal(views[0], images)
+    np.testing.assert_array_equal(views[2][:, 1:, 1:], images[:, :-1, :-1])
+    np.testing.assert_array_equal(views[4][:, :-1, :-1], images[:, 1:, 1:])
+    assert len(views) == 6 and all(view.shape == images.shape for view in views)
