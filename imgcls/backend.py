@@ -64,6 +64,7 @@ def choose_cpu_kernels(config: ConfigDict) -> bool:
     return not reason
 
 
+@functools.cache  # the commit is that of the code which runs, whatever is checked out later
 def describe() -> dict[str, Any]:
     """The device, the versions and the commit behind a number."""
     from importlib.metadata import version

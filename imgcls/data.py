@@ -155,8 +155,8 @@ def _check_memory(needed: int) -> None:
     free = psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise UserError(
-            f"the decoded images need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory "
-            "is free: lower config.data.image_size or take a part, such as "
+            f"the decoded images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of "
+            "memory are free: lower config.data.image_size or take a part, such as "
             "--config.data.train='train[:10%]'"
         )
 

@@ -144,6 +144,6 @@ def test_a_label_out_of_range_names_the_example():
 
 def test_more_than_the_memory_is_refused_before_it_is_read():
     source = Numbers(10**9)
-    with pytest.raises(UserError, match=r"need \d+\.\d GiB.*image_size"):
+    with pytest.raises(UserError, match=r"need \d+\.\d GiB.*free.*image_size"):
         load({"train": source}, "train", image_size=(1000, 1000))
     assert source.reads == 0

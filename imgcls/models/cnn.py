@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from imgcls.models.common import ModuleDef, max_pool
 
-
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -68,7 +67,7 @@ class CNN(nn.Module):
         norm = partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         x = x.astype(self.dtype)
         if self.whiten:
-            # A statistic of the data, like BatchNorm's: kept with them, out of the optimiser's reach.
+            # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach.
             kernel = self.variable("batch_stats", "whitening", lambda: whitening_filters(x))
             x = jax.lax.conv_general_dilated(
                 x, kernel.value.astype(self.dtype), (1, 1), "VALID", dimension_numbers=LAYOUT
