@@ -15,7 +15,7 @@ from imgcls import backend, experiment
 from imgcls.checkpoint import Checkpoints
 from imgcls.classifier import Classifier, state_target
 from imgcls.data import TrainOrder, eval_order
-from imgcls.errors import DivergedError, UserError
+from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluate import evaluate
 from imgcls.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
 from imgcls.losses import cross_entropy
@@ -47,9 +47,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if run.step == run.total_steps and results.exists():
             say(f"already finished, nothing to do: see {results}")
             return run.state
-        write_json(workdir / "config.json", experiment.to_json(config))
-        run.train()
-        run.test()
+        try:
+            write_json(workdir / "config.json", experiment.to_json(config))
+            run.train()
+            run.test()
+        except OSError as error:  # a full disk; checkpoints tell of theirs themselves
+            raise CheckpointError(
+                f"{workdir} cannot be written ({error.strerror}); saved checkpoints are intact: "
+                "free some space and run the same command again"
+            ) from error
         checkpoints.close()
         return run.state
 

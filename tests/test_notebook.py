@@ -1,0 +1,74 @@
+"""The notebook as a student meets it: carrying its outputs, and running from top to bottom."""
+
+import ast
+import os
+
+import pytest
+
+from tests.conftest import ROOT, as_users
+
+nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
+
+NOTEBOOK = ROOT / "image_classification.ipynb"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def errors(notebook) -> list[str]:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return [output.evalue for output in outputs if output.output_type == "error"]
+
+
+def pictures(notebook) -> int:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_every_code_cell_carries_outputs_of_one_execution_without_errors(notebook):
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell.outputs for cell in cells)
+    assert not errors(notebook)
+    streams = [output for cell in cells for output in cell.outputs if "name" in output]
+    assert {output.name for output in streams} == {"stdout"}  # no warning is left for the reader
+    assert NOTEBOOK.stat().st_size < 1_500_000
+
+
+def test_prose_says_why_before_each_cell_shows_how(notebook):
+    kinds = [cell.cell_type for cell in notebook.cells]
+    after_code = [i for i in range(1, len(kinds)) if kinds[i - 1 : i + 1] == ["code", "code"]]
+    assert after_code == [3]  # the set-up: what Colab needs, then the imports
+
+
+def test_the_code_uses_the_package_and_repeats_none_of_it(notebook):
+    transformer = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()
+    source = "\n".join(transformer.transform_cell(cell.source) for cell in code_cells(notebook))
+    tree = ast.parse(source)
+    assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {"imgcls", "imgcls.train"} <= modules
+    assert "nn.Module" not in source and "flax" not in source and "optax" not in source
+    assert source.count("DATASET = ") == 1 and 'DATASET = "digits"' in source
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom_on_the_embedded_digits(notebook, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
+    pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
+    committed = pictures(notebook)
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
+    client.execute(env=as_users() | {"PYTHONPATH": str(ROOT)})  # a failing cell raises
+    assert pictures(notebook) == committed > 10
+    assert len(list(tmp_path.glob("runs/*/results.json"))) == 10
+    assert os.listdir(tmp_path) == ["runs"]
