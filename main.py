@@ -24,7 +24,11 @@ def main(_: list[str]) -> None:
     workdir = cli.required_workdir()
     from imgcls.train import train_and_evaluate  # after the flags: JAX takes a while to import
 
-    train_and_evaluate(CONFIG.value, workdir)
+    try:
+        config = CONFIG.value.copy_and_resolve_references()  # a file that failed to load fails here
+    except OSError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    train_and_evaluate(config, workdir)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ object, in which every array's SHA-256, shape and dtype stand beside what the lo
 import hashlib
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,16 @@ class Checkpoints:
                 ]
             ),
             best_fn=_top1,
-            cleanup_tmp_directories=not read_only,
             read_only=read_only,
             # Created in the background, a directory that cannot be made would hang the exit.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
+            if not read_only and jax.process_index() == 0:
+                # What a kill left of a save. Orbax would remove it in the background, where it
+                # may meet the next save of the same step.
+                for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished)
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_names=("state", "meta")
             )

@@ -42,7 +42,8 @@ def run(main: Callable[[list[str]], None], *, usage: str, positional: bool = Fal
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is meant here
+    # Orbax warns of what is meant here, and prints the traceback of errors that become ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     code = 0
     try:
         arguments = _parse(usage)

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
 
 DIGITS = "--config=configs/digits.py"
-LONGER = EVERYTHING | {"train__epochs": 40, "train__log_every_steps": 7}
+LONGER = EVERYTHING | {"train__epochs": 20, "train__log_every_steps": 7}
 
 
 def start(workdir, config, **options) -> subprocess.Popen:
@@ -99,7 +99,7 @@ def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
     assert f"stopped by {sent.name}: step " in printed
     step = int(printed.split("step ")[-1].split()[0])
     resumed = finish(tmp_path, config)
-    assert f"resumed at step {step} of 200" in resumed.stdout
+    assert f"resumed at step {step} of 100" in resumed.stdout
     assert final_arrays(tmp_path) == uninterrupted
 
 
@@ -138,7 +138,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupte
     full = start(tmp_path, config, preexec_fn=few_bytes)
     printed, _ = full.communicate(timeout=60)
     assert full.returncode == 4, printed
-    assert "Traceback" not in printed and "error: " in printed
+    assert printed.splitlines()[-1].startswith("error: ")
     finish(tmp_path, config)
     assert final_arrays(tmp_path) == uninterrupted
 

@@ -70,5 +70,5 @@ def test_it_runs_from_top_to_bottom_on_the_embedded_digits(notebook, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
     client.execute(env=as_users() | {"PYTHONPATH": str(ROOT)})  # a failing cell raises
     assert pictures(notebook) == committed > 10
-    assert len(list(tmp_path.glob("runs/*/results.json"))) == 10
+    assert len(list(tmp_path.glob("runs/*/results.json"))) == 7
     assert os.listdir(tmp_path) == ["runs"]

@@ -1,3 +1,4 @@
+import logging
 import os
 import shutil
 from collections import Counter
@@ -5,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 from imgcls.errors import BadExampleError, UserError
