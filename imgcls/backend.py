@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
 
 
@@ -21,7 +22,7 @@ def start() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    visible = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel[0-9]*")
+    visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
             "THIS MACHINE HAS AN ACCELERATOR (%s) BUT JAX RUNS ON THE CPU: install jax[cuda13] or "

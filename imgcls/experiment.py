@@ -274,4 +274,5 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
 def augmented_images(config: ConfigDict, batch: dict[str, Any], num_classes: int) -> jax.Array:
     """The images of the first batch as training sees them: float[B, H, W, C] in [0, 1]."""
     rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    return augment_batch(rng, batch, build_augment(config), num_classes)[0]
+    apply = partial(augment_batch, augment=build_augment(config), num_classes=num_classes)
+    return jax.jit(apply)(rng, batch)[0]
