@@ -206,11 +206,13 @@ class _Run:
             self.writer.image("train/augmented", image_grid(images), 0)
         self.stop.defer()
         self.clock = time.perf_counter()
+        self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
             self._between_steps()
             while self.step < self.total_steps:
                 self.state, metrics = self.train_step(self.state, self._train_batch(), self.rng)
                 self.step += 1
+                self.timed_steps += 1
                 self.window.add(self.step, metrics)
                 self.window.wait(ahead=STEPS_AHEAD)
                 self.bar.update()
@@ -239,9 +241,11 @@ class _Run:
 
     def _log_training(self) -> None:
         sums = self._checked_window()
-        rate = sums["steps"] * self.config.train.batch_size / self._lap()
+        self._lap()
+        rate = self.timed_steps * self.config.train.batch_size / self.timed_seconds
         self._log("train", mean_metrics(sums), rate)
         self.window.clear()
+        self.timed_steps, self.timed_seconds = 0, 0.0
 
     def _validate(self) -> float | None:
         """Validation top-1; None where a stop signal came first."""
@@ -296,12 +300,12 @@ class _Run:
     def _seconds(self) -> float:
         return self.meta["seconds"] + time.perf_counter() - self.started
 
-    def _lap(self) -> float:
-        """Seconds of training since the last lap or pause, which are added to the total."""
+    def _lap(self) -> None:
+        """Counts the time since the last lap or pause as training."""
         now = time.perf_counter()
         lap, self.clock = now - self.clock, now
         self.meta["train_seconds"] += lap
-        return lap
+        self.timed_seconds += lap
 
     def _checked_window(self) -> dict[str, float]:
         """The window's sums; raises DivergedError so that nothing past a bad step is kept."""

@@ -1,6 +1,7 @@
 """Whole runs: a stopped and resumed run is the run that was never stopped."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from ml_collections import ConfigDict
 from imgcls import experiment
 from imgcls.checkpoint import Checkpoints
 from imgcls.errors import DivergedError, Stopped, UserError
-from imgcls.logs import read_metrics
-from imgcls.train import train_and_evaluate
+from imgcls.logs import MetricWindow, read_metrics
+from imgcls.train import _Run, train_and_evaluate
 from tests.conftest import small_config
 
 # Everything on that carries state from step to step, or draws at random.
@@ -209,3 +210,35 @@ def test_changed_data_is_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setitem(experiment.open_sources.__globals__["SOURCES"], "digits", fewer)
     with pytest.raises(UserError, match="the data changed"):
         train_and_evaluate(small_config(train__epochs=1), tmp_path)
+
+
+def test_the_logged_rate_leaves_out_validation_but_no_step(tmp_path, monkeypatch):
+    """By the clock here a step takes a second, validation 100, and everything else next to nothing."""
+    now = [0.0]
+
+    def clock():
+        now[0] += 1e-9
+        return now[0]
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    wait, validate = MetricWindow.wait, _Run._validate
+
+    def step(self, *, ahead):
+        now[0] += 1
+        wait(self, ahead=ahead)
+
+    def slowly(self):
+        top1 = validate(self)
+        now[0] += 100
+        self.clock = now[0]
+        return top1
+
+    monkeypatch.setattr(MetricWindow, "wait", step)
+    monkeypatch.setattr(_Run, "_validate", slowly)
+    # Validation falls within the log windows, and a window begins in each of the two sessions.
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)
+        train_and_evaluate(small_config(), tmp_path)
+    train_and_evaluate(small_config(), tmp_path)
+    rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert [row["images_per_second"] for row in rows] == [40] * len(rows)
