@@ -213,7 +213,7 @@ def test_changed_data_is_refused(uninterrupted, tmp_path, monkeypatch):
 
 
 def test_the_logged_rate_leaves_out_validation_but_no_step(tmp_path, monkeypatch):
-    """By the clock here a step takes a second, validation 100, and everything else next to nothing."""
+    """By the clock here a step takes a second, validation 100, everything else next to nothing."""
     now = [0.0]
 
     def clock():
