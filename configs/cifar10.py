@@ -65,5 +65,5 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.batch_size = 512
-    config.eval.checkpoint = "last"  # or "best" on validation
+    config.eval.checkpoint = "latest"  # or "best" on validation
     return config

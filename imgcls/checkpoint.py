@@ -112,7 +112,7 @@ class Checkpoints:
         )
 
     def restore(self, which: str, target: Any) -> tuple[Any, dict[str, Any]]:
-        """The checkpoint `which`: "last", "best" or a step.
+        """The checkpoint `which`: "latest", "best" or a step.
 
         Args:
             which: as above.
@@ -127,11 +127,11 @@ class Checkpoints:
             raise CheckpointError(f"{damage}; choose another of {self.steps()}") from None
 
     def find(self, which: str) -> int:
-        """The step of "last", "best" or a step's number."""
+        """The step of "latest", "best" or a step's number."""
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self._directory} holds no checkpoint: train first")
-        if which == "last":
+        if which == "latest":
             return steps[-1]
         if which == "best":
             best = self._manager.best_step()
@@ -142,7 +142,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
         return int(which)
 
-    def read_meta(self, which: str = "last") -> dict[str, Any]:
+    def read_meta(self, which: str = "latest") -> dict[str, Any]:
         step = self.find(which)
         try:
             return self._manager.restore(

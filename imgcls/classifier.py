@@ -87,7 +87,7 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
 
     Args:
         workdir: of the run.
-        checkpoint: "last", "best" or a step; by default the one that the run's config names.
+        checkpoint: "latest", "best" or a step; by default the one that the run's config names.
 
     Raises:
         UserError, CheckpointError: see `imgcls.errors`.

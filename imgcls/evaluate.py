@@ -1,7 +1,7 @@
 """How good a trained model is, on a split of its data.
 
     python -m imgcls.evaluate --workdir=runs/cifar10 [--split=test|validation|train]
-                              [--checkpoint=last|best|STEP] [--tta=flip|shifts]
+                              [--checkpoint=latest|best|STEP] [--tta=flip|shifts]
 
 Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
 names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it. With --tta
@@ -47,7 +47,7 @@ def evaluate(
             temperature is fitted.
         workdir: of the run.
         split: "train", "validation" or "test".
-        checkpoint: the name it goes by: "last", "best" or a step.
+        checkpoint: the name it goes by: "latest", "best" or a step.
         tta: a key of `VIEWS`: adds the figures of test-time augmentation.
         poll: called before each batch; may raise to stop.
     """
@@ -155,7 +155,7 @@ def _main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
-    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
     cli.define_workdir()
     cli.run(_main, usage=__doc__)

@@ -75,7 +75,7 @@ RULES = {
     "train.checkpoint_every_epochs": COUNT,
     "train.max_bad_steps": COUNT_OR_ZERO,
     "eval.batch_size": COUNT,
-    "eval.checkpoint": _one_of("last", "best"),
+    "eval.checkpoint": _one_of("latest", "best"),
 }
 
 # What may differ between the runs of one workdir: it does not change the result.

@@ -1,7 +1,7 @@
 """A trained model as one file for other programs, checked before it takes its name.
 
     python -m imgcls.export --workdir=runs/cifar10 --format=stablehlo|onnx|safetensors
-                            --output=PATH [--checkpoint=last|best|STEP]
+                            --output=PATH [--checkpoint=latest|best|STEP]
 
 stablehlo and onnx hold preprocessing, weights and softmax: uint8[N, H, W, C] of the model's input
 size, for any N, to probabilities float32[N, K]; images of another type are refused.
@@ -183,6 +183,6 @@ def _main(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
     flags.DEFINE_string("output", None, "The file to write.")
-    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
     cli.define_workdir()
     cli.run(_main, usage=__doc__)

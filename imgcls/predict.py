@@ -1,6 +1,6 @@
 """What a trained model says about pictures.
 
-    python -m imgcls.predict --workdir=runs/cifar10 [--checkpoint=last|best|STEP] [--top=5]
+    python -m imgcls.predict --workdir=runs/cifar10 [--checkpoint=latest|best|STEP] [--top=5]
                              [--json] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
@@ -104,6 +104,6 @@ def _main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
     flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
-    flags.DEFINE_string("checkpoint", "", "last, best or a step; else the one the config names.")
+    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
     cli.define_workdir()
     cli.run(_main, usage=__doc__, positional=True)

@@ -59,7 +59,7 @@ def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
         checkpoints.save(step, {"x": state}, {})
         state = spoil(state)
         checkpoints.wait()
-        found, _ = checkpoints.restore("last", target({"x": state}))
+        found, _ = checkpoints.restore("latest", target({"x": state}))
         assert (found["x"] == step - 1).all()
 
 
@@ -69,14 +69,14 @@ def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
 )
 def test_the_latest_and_the_best_are_kept(tmp_path, tops, best):
     checkpoints = saved(tmp_path, tops)
-    assert checkpoints.find("last") == len(tops)
+    assert checkpoints.find("latest") == len(tops)
     assert checkpoints.find("best") == best
     assert set(checkpoints.steps()) == {best, len(tops) - 1, len(tops)}
 
 
 def test_steps_that_were_not_validated_are_never_the_best(tmp_path):
     checkpoints = saved(tmp_path, [None, 0.3, None, None])
-    assert checkpoints.find("best") == 2 and checkpoints.find("last") == 4
+    assert checkpoints.find("best") == 2 and checkpoints.find("latest") == 4
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -156,7 +156,7 @@ def test_another_model_is_refused_by_the_name_of_the_leaf(tmp_path, other, messa
 
 def test_what_cannot_be_found_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        Checkpoints(tmp_path).find("last")
+        Checkpoints(tmp_path).find("latest")
     checkpoints = saved(tmp_path, [None])
     with pytest.raises(CheckpointError, match="no checkpoint was validated"):
         checkpoints.find("best")

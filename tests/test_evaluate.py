@@ -53,7 +53,7 @@ def test_the_test_split_again_gives_the_same_and_is_counted(finished):
         assert after[key] == before[key]
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert len(seals()) == looks + 1
-    assert json.loads(seals()[-1]).items() >= {"checkpoint": "last", "step": 20}.items()
+    assert json.loads(seals()[-1]).items() >= {"checkpoint": "latest", "step": 20}.items()
 
 
 def test_mistakes_are_refused_in_one_line(finished, tmp_path):

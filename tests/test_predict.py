@@ -35,7 +35,7 @@ def classifier(workdir):
 def digits(classifier, workdir):
     """The test images, after their evaluation."""
     (test,) = experiment.open_splits(classifier.config, "test")
-    evaluate(classifier, {"test": test}, workdir, split="test", checkpoint="last")
+    evaluate(classifier, {"test": test}, workdir, split="test", checkpoint="latest")
     return test.images
 
 

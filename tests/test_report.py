@@ -78,7 +78,7 @@ def run(tmp_path):
         config={"seed": 3, "data": {"name": "toy", "mean": [0.5]}, "model": {"name": "cnn"}},
         dataset="toy",
         split="test",
-        checkpoint="last",
+        checkpoint="latest",
         step=40,
         epochs=2,
         seed=3,
@@ -99,7 +99,7 @@ def run(tmp_path):
     ]
     lines = [json.dumps(row) for row in rows]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 3, "spl')
-    looks = [{"checkpoint": "last", "step": 40, "time": f"2026-01-0{day}"} for day in (1, 2)]
+    looks = [{"checkpoint": "latest", "step": 40, "time": f"2026-01-0{day}"} for day in (1, 2)]
     (workdir / "test_evaluations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in looks))
     return workdir
 

@@ -96,7 +96,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert all(set(row) == keys for row in rows)
     expected = {
         "dataset": "digits", "split": "test[:50]", "examples": 50, "step": 10, "epochs": 2,
-        "seed": 0, "checkpoint": "last",
+        "seed": 0, "checkpoint": "latest",
     }  # fmt: skip
     assert results.items() >= expected.items()
     assert {"top1", "top5", "loss", "device", "versions", "git_commit"} <= set(results)
