@@ -1,4 +1,12 @@
-"""DOC."""
+"""CIFAR-10 with a convolutional network: the default experiment.
+
+    python main.py --config=configs/cifar10.py --workdir=runs/cifar10
+
+Test top-1 92.27% (9227/10000; 95% interval of this one seed, over examples:
+91.73 to 92.78), 2660 s of loading, compiling and training
+on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Other work shared the cores for half of that
+time. Training accuracy was 97% by then: it is regularisation or more epochs that are missing.
+"""
 
 from ml_collections import ConfigDict
 

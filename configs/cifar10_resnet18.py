@@ -1,4 +1,9 @@
-"""DOC."""
+"""CIFAR-10 with ResNet-18.
+
+    python main.py --config=configs/cifar10_resnet18.py --workdir=runs/cifar10_resnet18
+
+Not run to the end by the authors: what it reaches is not known.
+"""
 
 from ml_collections import ConfigDict
 

