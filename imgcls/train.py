@@ -205,6 +205,8 @@ class _Run:
             np.save(self.workdir / SAMPLES, images)
             self.writer.image("train/augmented", image_grid(images), 0)
         self.stop.defer()
+        if self.stop.requested is not None:  # Python drops what is raised inside a finaliser
+            raise self.stop.stopped("nothing to save yet")
         self.clock = time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
