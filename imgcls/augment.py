@@ -202,6 +202,17 @@ def compose(**strengths: float) -> Augment:
     return augment
 
 
+def resized(augment: Augment, size: tuple[int, int]) -> Augment:
+    """`augment`, then images of `size` (height, width), averaged where that is smaller."""
+
+    def augment_and_resize(rng: Array, images: Array, labels: Array) -> Examples:
+        images, labels = augment(rng, images, labels)
+        batch, _, _, channels = images.shape
+        return jax.image.resize(images, (batch, *size, channels), "linear"), labels
+
+    return augment_and_resize
+
+
 def _check(name: str, strength: float) -> None:
     if name not in AUGMENTATIONS:
         close = difflib.get_close_matches(name, AUGMENTATIONS, n=1)

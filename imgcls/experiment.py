@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from imgcls import data
-from imgcls.augment import compose
+from imgcls.augment import compose, resized
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
@@ -38,6 +38,7 @@ NOT_NEGATIVE = (float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 FRACTION = (float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
 FLAG = (bool, lambda x: True, "True or False")
 COUNTS = (tuple, lambda x: all(type(n) is int and n > 0 for n in x), "a tuple of positive integers")
+SIZE = (tuple, lambda x: len(x) == 2 and COUNTS[1](x), "(height, width)")
 CHANNELS = (tuple, lambda x: all(map(math.isfinite, x)), "a number for each channel, as a tuple")
 
 # Every key that a config has beside `augment`'s and the model's own, and what it may be.
@@ -48,7 +49,7 @@ RULES = {
     "data.train": (str, bool, "a TFDS split string such as train[:90%]"),
     "data.validation": ANY_TEXT,
     "data.test": (str, bool, "a TFDS split string such as test"),
-    "data.image_size": (*COUNTS[:1], lambda x: len(x) == 2 and COUNTS[1](x), "(height, width)"),
+    "data.image_size": SIZE,
     "data.channels": (int, lambda x: x in (1, 3), "1 or 3"),
     "data.resize": _one_of("squash", "crop"),
     "data.mean": CHANNELS,
@@ -70,6 +71,8 @@ RULES = {
     "train.batch_size": COUNT,
     "train.accumulate_steps": COUNT,
     "train.epochs": COUNT,
+    "train.early_epochs": NOT_NEGATIVE,
+    "train.early_image_size": SIZE,
     "train.log_every_steps": COUNT,
     "train.validate_every_epochs": COUNT,
     "train.checkpoint_every_epochs": COUNT,
@@ -121,11 +124,13 @@ def validate(config: ConfigDict) -> None:
             f"config.eval.batch_size={flat['eval.batch_size']} must be a multiple of the "
             f"{jax.device_count()} devices"
         )
-    if flat["optim.warmup_epochs"] > flat["train.epochs"]:
-        raise UserError(
-            f"config.optim.warmup_epochs={flat['optim.warmup_epochs']} is more than "
-            f"config.train.epochs={flat['train.epochs']}"
-        )
+    for key in ("optim.warmup_epochs", "train.early_epochs"):
+        if flat[key] > flat["train.epochs"]:
+            raise UserError(
+                f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
+            )
+    if flat["model.name"] == "mlp" and flat["train.early_epochs"]:
+        raise UserError("config.train.early_epochs must be 0 for an mlp: it takes images of one size")
     build_augment(config)
 
 
@@ -216,14 +221,8 @@ def open_splits(config: ConfigDict, *names: str) -> list[data.Split]:
 def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = False) -> nn.Module:
     """The Linen module, its convolutions on oneDNN where `cpu_kernels`."""
     fields = {k: config.model[k] for k in _model_fields(config.model.name)}
-    height, width = config.data.image_size
-    if config.model.name == "cnn" and min(height, width) - fields["whiten"] < 2 ** len(
-        fields["widths"]
-    ):
-        raise UserError(
-            f"config.model.widths={fields['widths']} halves the image "
-            f"{len(fields['widths'])} times, too often for config.data.image_size={(height, width)}"
-        )
+    if config.model.name == "cnn":
+        _check_pooling(config, len(fields["widths"]))
     conv = nn.Conv
     if cpu_kernels:
         from imgcls import kernels
@@ -234,12 +233,23 @@ def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = Fal
     )
 
 
+def _check_pooling(config: ConfigDict, blocks: int) -> None:
+    keys = ["data.image_size", *(["train.early_image_size"] if config.train.early_epochs else [])]
+    for key in keys:
+        section, name = key.split(".")
+        if min(config[section][name]) - config.model.whiten < 2**blocks:
+            raise UserError(
+                f"config.model.widths={config.model.widths} halves the image {blocks} times, too "
+                f"often for config.{key}={config[section][name]}"
+            )
+
+
 def _model_fields(name: Any) -> dict[str, Any]:
     """The model's own fields with their defaults; empty for an unknown name."""
     if name not in MODELS:
         return {}
     fields = MODELS[name].__dataclass_fields__
-    given = {"num_classes", "dtype", "conv", "norm", "parent", "name"}
+    given = {"num_classes", "dtype", "conv", "pool", "norm", "parent", "name"}
     return {k: f.default for k, f in fields.items() if k not in given}
 
 
@@ -247,8 +257,12 @@ def build_preprocess(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
     return partial(normalize, mean=tuple(config.data.mean), std=tuple(config.data.std))
 
 
-def build_augment(config: ConfigDict) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    return compose(**config.augment)
+def build_augment(
+    config: ConfigDict, *, early: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`early`: for the first epochs, on smaller images."""
+    augment = compose(**config.augment)
+    return resized(augment, tuple(config.train.early_image_size)) if early else augment
 
 
 def build_schedule(config: ConfigDict, *, steps_per_epoch: int) -> optax.Schedule:
@@ -274,5 +288,6 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
 def augmented_images(config: ConfigDict, batch: dict[str, Any], num_classes: int) -> jax.Array:
     """The images of the first batch as training sees them: float[B, H, W, C] in [0, 1]."""
     rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    apply = partial(augment_batch, augment=build_augment(config), num_classes=num_classes)
+    augment = build_augment(config, early=config.train.early_epochs > 0)
+    apply = partial(augment_batch, augment=augment, num_classes=num_classes)
     return jax.jit(apply)(rng, batch)[0]

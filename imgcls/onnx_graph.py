@@ -179,7 +179,7 @@ def _require(eqn: JaxprEqn, **params: Any) -> None:
 
 
 # Primitives that call a jaxpr, and which parameter that is.
-CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 OPERATIONS: dict[str, Callable[..., str]] = {
     "add": _same("Add"),
     "broadcast_in_dim": _broadcast,

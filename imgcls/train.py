@@ -77,6 +77,7 @@ class _Run:
         self._describe_data()
         self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.early_steps = round(config.train.early_epochs * self.steps_per_epoch)
         self.schedule = experiment.build_schedule(config, steps_per_epoch=self.steps_per_epoch)
         self.mesh = make_mesh()
         self.rng = jax.jit(
@@ -164,25 +165,30 @@ class _Run:
             train_step,
             **common,
             tx=experiment.build_optimizer(c, self.schedule),
-            augment=experiment.build_augment(c),
             loss_fn=partial(cross_entropy, label_smoothing=c.optim.label_smoothing),
             ema_decay=c.optim.ema_decay,
             accumulate_steps=c.train.accumulate_steps,
             # Inside a loop, XLA's code for the CPU runs on one core.
             unroll=jax.default_backend() == "cpu",
         )
-        train = jax.jit(train, donate_argnums=0, out_shardings=everywhere, **options)
         validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)
 
-        def compile_both() -> None:
-            self.train_step = train.lower(self.state, self._train_batch(), self.rng).compile()
+        def compile_step(*, early: bool) -> Any:
+            step = partial(train, augment=experiment.build_augment(c, early=early))
+            step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, **options)
+            return step.lower(self.state, self._train_batch(), self.rng).compile()
+
+        def compile_all() -> None:
+            # Images are smaller in the early steps: a program for these, one for the others.
+            left = {step < self.early_steps for step in (self.step, self.total_steps - 1)}
+            self.train_steps = {early: compile_step(early=early) for early in left}
             if "validation" in self.splits:
                 batch = next(self._validation_batches())
                 self.eval_step = validate.lower(self.state, batch).compile()
 
         say("compiling ...")
         started = time.perf_counter()
-        interruptibly(compile_both)
+        interruptibly(compile_all)
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
     def _train_batch(self) -> dict[str, jax.Array]:
@@ -212,7 +218,8 @@ class _Run:
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
             self._between_steps()
             while self.step < self.total_steps:
-                self.state, metrics = self.train_step(self.state, self._train_batch(), self.rng)
+                step = self.train_steps[self.step < self.early_steps]
+                self.state, metrics = step(self.state, self._train_batch(), self.rng)
                 self.step += 1
                 self.timed_steps += 1
                 self.window.add(self.step, metrics)

@@ -76,12 +76,17 @@ def test_bfloat16_computes_what_float32_does(name):
     assert (a != b).any()  # it really computes in another precision
 
 
-def test_max_pool_is_linens_and_so_is_its_gradient_without_ties():
-    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_max_pool_is_linens_and_so_is_its_gradient(dtype):
+    x = jax.random.randint(jax.random.key(0), (2, 7, 6, 3), 0, 3).astype(dtype)  # many are equal
     linen = lambda x: nn.max_pool(x, (2, 2), (2, 2))
     np.testing.assert_array_equal(max_pool(x), linen(x))
-    weigh = lambda pool: lambda x: (pool(x) * jnp.arange(2 * 3 * 3 * 3).reshape(2, 3, 3, 3)).sum()
-    np.testing.assert_array_equal(jax.grad(weigh(max_pool))(x), jax.grad(weigh(linen))(x))
+    weights = jnp.arange(2 * 3 * 3 * 3, dtype=dtype).reshape(2, 3, 3, 3)
+    ours, theirs = (
+        jax.grad(lambda x: (pool(x) * weights).sum())(x) for pool in (max_pool, linen)
+    )
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("preactivation", [False, True])

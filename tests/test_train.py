@@ -23,6 +23,8 @@ EVERYTHING = {
     "augment__rotate_degrees": 10.0,
     "optim__ema_decay": 0.9,
     "train__accumulate_steps": 2,
+    "train__early_epochs": 1.2,
+    "train__early_image_size": (6, 6),
 }
 
 
@@ -182,7 +184,7 @@ def test_bad_steps_can_be_allowed(tmp_path, monkeypatch):
     def poison(rng, images, labels):
         return jnp.where(jax.random.uniform(rng) < 0.4, jnp.nan, images), labels
 
-    monkeypatch.setattr(experiment, "build_augment", lambda config: poison)
+    monkeypatch.setattr(experiment, "build_augment", lambda config, early: poison)
     with pytest.raises(DivergedError):
         train_and_evaluate(small_config(train__max_bad_steps=1), tmp_path / "one")
     state = train_and_evaluate(small_config(train__max_bad_steps=10), tmp_path / "ten")

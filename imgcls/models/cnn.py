@@ -59,6 +59,7 @@ class CNN(nn.Module):
     whiten: bool = False
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
     conv: ModuleDef = nn.Conv
+    pool: ModuleDef = max_pool
     norm: ModuleDef = nn.BatchNorm
 
     @nn.compact
@@ -78,7 +79,7 @@ class CNN(nn.Module):
             for i in range(self.convs_per_block):
                 x = conv(width)(x)
                 if i == 0:
-                    x = max_pool(x)
+                    x = self.pool(x)
                 x = nn.gelu(norm()(x))
         x = x.max((1, 2))
         return _head(self, x, train=train)
