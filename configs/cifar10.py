@@ -52,15 +52,16 @@ def get_config() -> ConfigDict:
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
     config.optim = ConfigDict()
-    config.optim.name = "sgd"
-    config.optim.learning_rate = 0.5  # the peak, for a batch
+    config.optim.name = "muon"
+    config.optim.learning_rate = 0.24  # the peak, for a batch
+    config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
     config.optim.schedule = "linear"  # after the warmup
-    config.optim.warmup_epochs = 2.0
-    config.optim.momentum = 0.9
-    config.optim.weight_decay = 0.001
+    config.optim.warmup_epochs = 0.0
+    config.optim.momentum = 0.6
+    config.optim.weight_decay = 0.12
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.label_smoothing = 0.1
-    config.optim.ema_decay = 0.99  # a step; 0: no averaging
+    config.optim.ema_decay = 0.98  # a step; 0: no averaging
 
     config.train = ConfigDict()
     config.train.batch_size = 512

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "sgd"
     config.optim.learning_rate = 0.1  # the peak, for a batch
+    config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
     config.optim.schedule = "cosine"  # after the warmup
     config.optim.warmup_epochs = 2.0
     config.optim.momentum = 0.9

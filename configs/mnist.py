@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "adamw"
     config.optim.learning_rate = 0.003  # the peak, for a batch
+    config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
     config.optim.schedule = "linear"  # after the warmup
     config.optim.warmup_epochs = 1.0
     config.optim.momentum = 0.9

@@ -61,6 +61,7 @@ RULES = {
     "model.cpu_kernels": _one_of("auto", "off"),
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
+    "optim.adam_learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
     "optim.schedule": _one_of(*SCHEDULES),
     "optim.warmup_epochs": NOT_NEGATIVE,
     "optim.momentum": FRACTION,
@@ -276,12 +277,14 @@ def build_schedule(config: ConfigDict, *, steps_per_epoch: int) -> optax.Schedul
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     o = config.optim
+    options = {"adam_ratio": o.adam_learning_rate / o.learning_rate} if o.name == "muon" else {}
     return create_optimizer(
         o.name,
         schedule,
         momentum=o.momentum,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
+        **options,
     )
 
 

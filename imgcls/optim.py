@@ -2,7 +2,7 @@
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 # Each takes (peak, steps) and covers what follows the warmup.
 SCHEDULES = {
@@ -48,27 +48,26 @@ def _lion(schedule, *, momentum, weight_decay):
     return optax.lion(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
 
 
-def _muon(schedule, *, momentum, weight_decay):
-    """Muon (Jordan et al., 2024) on every matrix and convolution kernel, AdamW on the rest.
+def _muon(schedule, *, momentum, weight_decay, adam_ratio=1.0):
+    """Muon (Jordan et al., 2024) for convolution kernels, AdamW for all other parameters.
 
-    A kernel [H, W, I, O] counts as the matrix [H * W * I, O].
+    A kernel [H, W, I, O] counts as the matrix [H * W * I, O]. AdamW's learning rate is `adam_ratio`
+    times Muon's.
     """
-
-    def dimensions(params):
-        return jax.tree.map(
-            lambda p: (
-                MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim > 1 else None
-            ),
-            params,
-        )
-
-    return muon(
-        schedule,
-        beta=momentum,
-        weight_decay=weight_decay,
-        weight_decay_mask=matrices_and_kernels,
-        muon_weight_dimension_numbers=dimensions,
+    dimensions = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers((0, 1, 2), 3), params)
+    kernels = optax.chain(
+        scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
+    others = optax.adamw(
+        lambda step: adam_ratio * schedule(step),
+        b2=0.99,  # a thousand steps are a long training here
+        weight_decay=weight_decay,
+        mask=matrices_and_kernels,
+    )
+    labels = lambda params: jax.tree.map(lambda p: "kernels" if p.ndim == 4 else "others", params)
+    return optax.partition({"kernels": kernels, "others": others}, labels)
 
 
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "lion": _lion, "muon": _muon}
@@ -81,11 +80,13 @@ def create_optimizer(
     momentum: float,
     weight_decay: float,
     clip_norm: float,
+    **options: float,
 ) -> optax.GradientTransformation:
     """The optax chain: gradients clipped to the global norm `clip_norm` (0: never), then `name`.
 
     `momentum` is the decay of the gradient's average: Nesterov momentum of sgd and muon, b1 of
-    adamw and lion. Weight decay is coupled (L2) in sgd and decoupled in the others.
+    adamw and lion. Weight decay is coupled (L2) in sgd and decoupled in the others. `options` are
+    those that one optimiser has alone: muon's `adam_ratio`.
     """
-    tx = OPTIMIZERS[name](schedule, momentum=momentum, weight_decay=weight_decay)
+    tx = OPTIMIZERS[name](schedule, momentum=momentum, weight_decay=weight_decay, **options)
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from imgcls.models import MODELS
-from imgcls.models.cnn import LAYOUT, whitening_filters
+from imgcls.models.cnn import LAYOUT, partial_identity, whitening_filters
 from imgcls.models.common import max_pool
 from imgcls.state import count_parameters
 
@@ -101,6 +101,16 @@ def test_a_residual_block_starts_near_the_identity(preactivation):
     ]
     zero = sum(not s.any() for s in scales)
     assert zero == (0 if preactivation else 8)  # one for each block where the norm comes last
+
+
+@pytest.mark.parametrize("inputs, outputs", [(3, 5), (4, 4), (5, 3)])
+def test_a_partial_identity_passes_its_inputs_on(inputs, outputs):
+    kernel = partial_identity(jax.random.key(0), (3, 3, inputs, outputs))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 5, inputs))
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    same = min(inputs, outputs)
+    np.testing.assert_array_equal(y[..., :same], x[..., :same])
+    assert (jnp.abs(y[..., same:]).mean((0, 1, 2)) > 0.1).all()
 
 
 def test_whitening_decorrelates_the_patches_of_the_images_it_is_made_from():

@@ -36,12 +36,27 @@ def whitening_filters(images: jax.Array, *, eps: float = 5e-4) -> jax.Array:
     return jnp.concatenate([filters, -filters], axis=-1)
 
 
+def partial_identity(
+    rng: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """A kernel [H, W, I, O] whose first min(I, O) outputs are the inputs, the others random.
+
+    What is known of the image then reaches the last layer from the first step on
+    (arXiv 2404.00498, section 3.3).
+    """
+    height, width, inputs, outputs = shape
+    same = jnp.arange(min(inputs, outputs))
+    kernel = nn.initializers.lecun_normal()(rng, shape, dtype).at[..., same].set(0)
+    return kernel.at[height // 2, width // 2, same, same].set(1)
+
+
 class CNN(nn.Module):
     """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
 
     Each block halves the image: its first convolution is followed by 2x2 max-pooling, and pooling
     comes before normalisation and activation, as in Keller Jordan's airbench (arXiv 2404.00498),
-    since both then work on a quarter of the values. What is left of the image after the last block
+    since both then work on a quarter of the values; as there, BatchNorm has a bias and no scale, and
+    convolutions start as partial identities. What is left of the image after the last block
     is max-pooled to one vector, so any image of at least `2 ** len(widths)` pixels a side will do:
     two blocks suit 8x8 digits, six suit 224x224 photographs.
 
@@ -64,8 +79,20 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = partial(self.conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
-        norm = partial(self.norm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        conv = partial(
+            self.conv,
+            kernel_size=(3, 3),
+            use_bias=False,
+            kernel_init=partial_identity,
+            dtype=self.dtype,
+        )
+        norm = partial(
+            self.norm,
+            use_running_average=not train,
+            momentum=0.9,
+            use_scale=False,
+            dtype=self.dtype,
+        )
         x = x.astype(self.dtype)
         if self.whiten:
             # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach.
