@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.model.dropout_rate = 0.2
     config.model.whiten = False  # a fixed first layer that decorrelates 2x2 patches
     config.model.dtype = "float32"  # of the computation; parameters are float32
+    config.model.matmul_precision = "default"  # or "high", "highest": for float32 on GPU and TPU
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
     config.optim = ConfigDict()

@@ -58,6 +58,7 @@ RULES = {
     "data.follow_links": FLAG,
     "model.name": _one_of(*MODELS),
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.matmul_precision": _one_of("default", "high", "highest"),
     "model.cpu_kernels": _one_of("auto", "off"),
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
@@ -224,6 +225,8 @@ def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = Fal
     fields = {k: config.model[k] for k in _model_fields(config.model.name)}
     if config.model.name == "cnn":
         _check_pooling(config, len(fields["widths"]))
+    # The whole process's: a program takes it when it is traced, in training and prediction alike.
+    jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
     conv = nn.Conv
     if cpu_kernels:
         from imgcls import kernels
