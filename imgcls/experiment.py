@@ -132,7 +132,7 @@ def validate(config: ConfigDict) -> None:
                 f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
             )
     if flat["model.name"] == "mlp" and flat["train.early_epochs"]:
-        raise UserError("config.train.early_epochs must be 0 for an mlp: it takes images of one size")
+        raise UserError("config.train.early_epochs must be 0 for an mlp, made for one image size")
     build_augment(config)
 
 

@@ -82,9 +82,7 @@ def test_max_pool_is_linens_and_so_is_its_gradient(dtype):
     linen = lambda x: nn.max_pool(x, (2, 2), (2, 2))
     np.testing.assert_array_equal(max_pool(x), linen(x))
     weights = jnp.arange(2 * 3 * 3 * 3, dtype=dtype).reshape(2, 3, 3, 3)
-    ours, theirs = (
-        jax.grad(lambda x: (pool(x) * weights).sum())(x) for pool in (max_pool, linen)
-    )
+    ours, theirs = (jax.grad(lambda x: (pool(x) * weights).sum())(x) for pool in (max_pool, linen))
     assert ours.dtype == theirs.dtype
     np.testing.assert_array_equal(ours, theirs)
 
