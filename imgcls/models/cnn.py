@@ -54,11 +54,11 @@ class CNN(nn.Module):
     """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
 
     Each block halves the image: its first convolution is followed by 2x2 max-pooling, and pooling
-    comes before normalisation and activation, since both then work on a quarter of the values. That,
-    BatchNorm with a bias and no scale, and convolutions that start as partial identities are as in
-    Keller Jordan's airbench (arXiv 2404.00498). What is left of the image after the last block
-    is max-pooled to one vector, so any image of at least `2 ** len(widths)` pixels a side will do:
-    two blocks suit 8x8 digits, six suit 224x224 photographs.
+    comes before normalisation and activation, since both then work on a quarter of the values.
+    That, BatchNorm with a bias and no scale, and convolutions that start as partial identities are
+    as in Keller Jordan's airbench (arXiv 2404.00498). What is left of the image after the last
+    block is max-pooled to one vector, so any image of at least `2 ** len(widths)` pixels a side
+    will do: two blocks suit 8x8 digits, six suit 224x224 photographs.
 
     With `whiten`, a first layer of fixed filters decorrelates the pixels of each 2x2 patch; it is
     initialised from the images that the model is initialised on (see `whitening_filters`).
