@@ -7,9 +7,10 @@ alternatives get their images normalised beforehand; this project's step takes u
 
 import importlib
 import os
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import common  # noqa: F401  (finds imgcls and configs)
 import networks
@@ -64,19 +65,19 @@ class Imgcls:
         from imgcls.state import count_parameters
         from imgcls.train import _Run
 
+        @cache
         def split(count: int) -> Split:
             names = tuple(f"class {k}" for k in range(CLASSES))
             return Split("random", *random_images(config, count), range(count), names)
 
         backend.start()
         examples = examples or config.train.batch_size
-        experiment.open_splits = lambda config, *names: [split(examples) for _ in names[:1]] * 2
+        experiment.open_splits = lambda config, *names: [split(examples)] * len(names)
         self.split = split
         self.run = _Run(config, Path(), SimpleNamespace(steps=list), None)
         self.run._compile()
         self.parameters = count_parameters(self.run.state.params)
         self.batch = self.run._train_batch()
-        self.classifier = None
 
     def train(self, count: int) -> None:
         import jax
@@ -85,14 +86,14 @@ class Imgcls:
             self.run.state, metrics = self.run.train_step(self.run.state, self.batch, self.run.rng)
         jax.block_until_ready(metrics)
 
-    def evaluate(self, count: int) -> None:
+    @cached_property
+    def classifier(self) -> Any:
         from imgcls.classifier import Classifier
 
-        if self.classifier is None:
-            run = self.run
-            self.classifier = Classifier(run.config, run.model, run.state, run.meta)
-            self.images = self.split(count)
-        self.classifier.logits(self.images)
+        return Classifier(self.run.config, self.run.model, self.run.state, self.run.meta)
+
+    def evaluate(self, count: int) -> None:
+        self.classifier.logits(self.split(count))
 
 
 class PlainFlax:
@@ -202,8 +203,7 @@ class Torch:
     def evaluate(self, count: int) -> None:
         self._model.eval()
         if len(self._images) != count:
-            times = -(-count // len(self._images))
-            images = self._images.repeat(times, 1, 1, 1)[:count]
+            images = self._images.repeat(-(-count // len(self._images)), 1, 1, 1)[:count]
             self._images = images.contiguous(memory_format=self._torch.channels_last)
         with self._torch.inference_mode(), self._autocast():
             self._torch.cat([self._model(part) for part in self._images.split(self._chunk)])

@@ -51,6 +51,7 @@ def start(folder: Path, *flags: str) -> dict[str, float]:
     process.wait()
     if "first_step_ends" not in seconds:
         raise SystemExit(f"main.py did not reach its first step (exit code {process.returncode})")
+    seconds["begins_without_compilation"] = seconds["first_step_begins"] - seconds["compilation"]
     return seconds
 
 

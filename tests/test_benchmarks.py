@@ -3,12 +3,16 @@
 import json
 
 import common
+import contenders
+import jax
+import networks
 import numpy as np
 import pytest
 import readme_table
 import time_to_accuracy
 from scipy.stats import ttest_1samp
 
+from imgcls import experiment
 from imgcls.errors import UserError
 from tests.conftest import ROOT, flags_of, small_config
 from tests.finished_run import random_logits, write_run
@@ -146,3 +150,42 @@ def test_rewriting_the_table_leaves_the_rest_of_the_readme_alone():
     assert new == readme.replace("old\\1", r"new \1")
     with pytest.raises(ValueError, match="no .* markers"):
         readme_table.rewritten("a README without markers", "table")
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS)
+def test_the_alternatives_are_given_the_projects_own_network(network):
+    config = contenders.network_config(network)
+    layers = networks.layers_of(config, contenders.CLASSES)
+    models = experiment.build_model(config, contenders.CLASSES), networks.linen(layers, "float32")
+    images = np.zeros((2, *config.data.image_size, config.data.channels), np.float32)
+    ours, plain = (
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"]
+        for model in models
+    )
+    assert sorted(p.shape for p in jax.tree.leaves(ours)) == sorted(
+        p.shape for p in jax.tree.leaves(plain)
+    )
+
+
+@pytest.mark.parametrize(
+    "body, hello",
+    [
+        ("print('noise'); return {'ready': 1}, lambda x: {'half': 6 // x}", {"ready": 1}),
+        ("import nowhere", {"error": "ModuleNotFoundError: No module named 'nowhere'"}),
+        ("raise ModuleNotFoundError(name='torch')", {"error": "not installed"}),
+        ("import os; os._exit(7)", {"error": "exit code 7"}),
+    ],
+)
+def test_a_worker_answers_or_says_why_not(tmp_path, body, hello):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import common\n"
+        f"def start(): {body}\ncommon.serve(start)"
+    )
+    worker = common.Worker(script, [])
+    assert worker.hello == hello
+    if "ready" in hello:
+        assert worker.ask(x=2) == {"half": 3}
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            worker.ask(x=0)
+    worker.close()
