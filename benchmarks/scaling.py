@@ -9,13 +9,11 @@ simulated devices cannot have the oneDNN convolutions.
 
 import argparse
 import resource
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import common
-import psutil
 
 # The network's widths, then the points. The narrow networks keep the dear ends affordable.
 SWEEPS = {
@@ -25,7 +23,7 @@ SWEEPS = {
     "devices": ((16, 32, 64), (1, 2, 4, 8)),
 }
 DEFAULTS = {"batch_size": 256, "image_size": 32, "examples": 0, "devices": 1}
-IMAGES = 20_000  # seen at each point of `examples`, in as many epochs as it takes
+SECONDS = 8.0  # measured at each point, or three steps where they take longer
 LABELS = {
     "batch_size": "batch size",
     "image_size": "image height and width (pixels)",
@@ -35,7 +33,7 @@ LABELS = {
 
 
 def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dict[str, Any]:
-    """In the worker: images a second, peak MiB, and MiB that the images hold."""
+    """In the worker: images a second, peak resident MiB, and the MiB of the training images."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", point["devices"])
@@ -47,22 +45,17 @@ def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dic
     if point["sweep"] == "devices":
         config.model.cpu_kernels = "off"
     ours = Imgcls(config, max(point["examples"], batch_size))
-    run, seconds = ours.run, []
-    steps = IMAGES // batch_size if point["examples"] else 3
+    run, steps = ours.run, 0
     ours.train(1)
-    began = time.perf_counter()
-    while len(seconds) < steps and (len(seconds) < 3 or time.perf_counter() - began < 30):
-        started = time.perf_counter()
+    started = time.perf_counter()
+    while steps < 3 or time.perf_counter() - started < SECONDS:
         if point["examples"]:  # from the split, in the order of the run
             ours.batch, run.step = run._train_batch(), run.step + 1
         ours.train(1)
-        seconds.append(time.perf_counter() - started)
+        steps += 1
     return {
-        # A mean where each step reads other examples, and a new epoch has to be shuffled.
-        "images_per_second": batch_size
-        / (statistics.fmean(seconds) if point["examples"] else statistics.median(seconds)),
+        "images_per_second": batch_size * steps / (time.perf_counter() - started),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "resident_mib": psutil.Process().memory_info().rss / 2**20,
         "data_mib": run.splits["train"].images.nbytes / 2**20,
     }
 

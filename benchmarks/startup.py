@@ -56,7 +56,7 @@ def start(folder: Path, *flags: str) -> dict[str, float]:
 
 
 def memory(folder: Path, *flags: str) -> dict[int, float]:
-    """Peak resident MiB by epoch; epoch 0 is all before the first line of training."""
+    """Peak resident MiB by epoch; 0 is before training, the one past the last is testing."""
     process, epoch, peaks = main_py(folder, *flags), [0], {}
 
     def sample() -> None:
@@ -75,8 +75,9 @@ def memory(folder: Path, *flags: str) -> dict[int, float]:
             epoch[0] = 1
         elif found := re.match(r"step \d+  epoch (\d+)\.", line):
             epoch[0] = int(found[1]) + 1
-    process.wait()
     thread.join()
+    if process.wait():
+        raise SystemExit(f"main.py ended with exit code {process.returncode}")
     return peaks
 
 
@@ -105,9 +106,8 @@ def main() -> None:
     head = ["cache of compiled programs", *(key.replace("_", " ") + " (s)" for key in first)]
     rows = [[cache, *(f"{value:.2f}" for value in m.values())] for cache, m in medians.items()]
     print(common.table([head, *rows]))
-    after = arguments.epochs + 1  # the test split's evaluation, and the report
-    peaks = {("test" if k >= after else f"epoch {k}"): round(v) for k, v in peaks.items()}
-    print(common.table([["peak resident MiB", ""], *peaks.items()]))
+    peaks = {f"epoch {k}": round(v) for k, v in peaks.items()}
+    print(common.table([["(0: loading, last: test)", "peak resident MiB"], *peaks.items()]))
     values = {"medians": medians, "starts": starts, "undecoded": first, "peak_mib": peaks}
     common.write_result("startup", Path(arguments.config).stem, values)
 
