@@ -42,7 +42,7 @@ def write_result(name: str, part: str, values: dict[str, Any]) -> None:
 
 def parser(usage: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=usage, formatter_class=formatter)
+    return argparse.ArgumentParser(description=usage, formatter_class=formatter, allow_abbrev=False)
 
 
 def table(rows: list[list[Any]]) -> str:

@@ -179,8 +179,9 @@ class Torch:
         self._autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype == "autocast")
         images, labels = map(torch.from_numpy, normalized_batch(config))
         self._images, self._labels = images.permute(0, 3, 1, 2).to(**memory), labels
-        layers, d = networks.layers_of(config, CLASSES), config.data
-        model = networks.torch_module(layers, d.channels, d.image_size[0]).to(**memory)
+        model = networks.torch_module(networks.layers_of(config, CLASSES))
+        model(images[:2].permute(0, 3, 1, 2))
+        model.to(**memory)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters, o = sum(p.numel() for p in trained), config.optim
         groups = [

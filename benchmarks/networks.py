@@ -1,8 +1,8 @@
 """The networks as a list of layers, and that list in each of the alternatives.
 
-Layers are (kind, *arguments): whiten (frozen 2x2 filters, a bias), conv (width, kernel, stride),
-pool (2x2 maximum), norm, gelu, relu, block (layers, shortcut), max and mean (over the image),
-dropout (rate), dense (width).
+Layers are (kind, *arguments): whiten (width: frozen 2x2 filters, and a bias), conv (width, kernel,
+stride), pool (2x2 maximum), norm, gelu, relu, block (layers, shortcut), max and mean (over the
+image), dropout (rate), dense (width).
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def layers_of(config: Any, num_classes: int) -> Layers:
                 layers.append(("block", body, projection if width != channels else ()))
                 channels = width
         return (*layers, ("mean",), ("dense", num_classes))
-    layers = [("whiten",), ("gelu",)] if m.whiten else []
+    layers = [("whiten", 8 * config.data.channels), ("gelu",)] if m.whiten else []
     for width in m.widths:
         for i in range(m.convs_per_block):
             layers += [("conv", width, 3, 1), *([("pool",)] if i == 0 else [])]
@@ -46,7 +46,7 @@ def linen(layers: Layers, dtype: str) -> Any:
         def follow(self, layers: Layers, x, train: bool):
             for kind, *a in layers:
                 if kind == "whiten":
-                    shape = (2, 2, x.shape[-1], 8 * x.shape[-1])
+                    shape = (2, 2, x.shape[-1], *a)
                     kernel = self.variable("batch_stats", "whitening", jax.numpy.full, shape, 0.3)
                     kernel, layout = kernel.value.astype(dtype), ("NHWC", "HWIO", "NHWC")
                     x = jax.lax.conv_general_dilated(
@@ -103,8 +103,7 @@ def keras_model(layers: Layers, image_shape: tuple[int, ...]) -> Any:
     def follow(layers: Layers, x):
         for kind, *a in layers:
             if kind == "whiten":
-                filters = k.Conv2D(8 * x.shape[-1], 2, use_bias=False, trainable=False)
-                x = Bias()(filters(x))
+                x = Bias()(k.Conv2D(*a, 2, use_bias=False, trainable=False)(x))
             elif kind == "block":
                 x = k.ReLU()(k.Add()([follow(a[0], x), follow(a[1], x)]))
             else:
@@ -115,51 +114,40 @@ def keras_model(layers: Layers, image_shape: tuple[int, ...]) -> Any:
     return keras.Model(inputs, k.Activation("linear", dtype="float32")(follow(layers, inputs)))
 
 
-def torch_module(layers: Layers, channels: int, size: int) -> Any:
-    """For square images of `size` pixels a side."""
+def torch_module(layers: Layers) -> Any:
+    """Its sizes are those of the first images that it sees."""
     from torch import nn
 
     class Block(nn.Module):
-        def __init__(self, body: nn.Module, shortcut: nn.Module):
+        def __init__(self, body: Layers, shortcut: Layers):
             super().__init__()
-            self.body, self.shortcut = body, shortcut
+            self.body, self.shortcut = follow(body), follow(shortcut)
 
         def forward(self, x):
             return nn.functional.relu(self.body(x) + self.shortcut(x))
 
-    def follow(layers: Layers, channels: int, size: int) -> tuple[nn.Module, int, int]:
-        modules = []
-        for kind, *a in layers:
-            if kind == "whiten":
-                modules.append(nn.Conv2d(channels, 8 * channels, 2))
-                modules[-1].weight.requires_grad_(False)
-                channels, size = 8 * channels, size - 1
-            elif kind == "conv":
-                padding = a[1] // 2
-                modules.append(nn.Conv2d(channels, *a, padding=padding, bias=False))
-                channels, size = a[0], -(-size // a[2])
-            elif kind == "pool":
-                modules.append(nn.MaxPool2d(2))
-                size //= 2
-            elif kind == "block":
-                body, width, smaller = follow(a[0], channels, size)
-                modules.append(Block(body, follow(a[1], channels, size)[0]))
-                channels, size = width, smaller
-            elif kind in ("max", "mean"):
-                pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
-                modules += [pool(size), nn.Flatten()]
-            elif kind == "dense":
-                modules.append(nn.Linear(channels, *a))
-                channels = a[0]
-            else:
-                modules.append(
-                    {
-                        "norm": lambda: nn.BatchNorm2d(channels),  # noqa: B023
-                        "gelu": lambda: nn.GELU(approximate="tanh"),
-                        "relu": lambda: nn.ReLU(inplace=True),
-                        "dropout": lambda: nn.Dropout(*a),  # noqa: B023
-                    }[kind]()
-                )
-        return nn.Sequential(*modules), channels, size
+    def whiten(width: int) -> nn.Module:
+        filters = nn.Conv2d(width // 8, width, 2)
+        filters.weight.requires_grad_(False)
+        return filters
 
-    return follow(layers, channels, size)[0]
+    build = {
+        "whiten": whiten,
+        "conv": lambda width, size, stride: nn.LazyConv2d(
+            width, size, stride, size // 2, bias=False
+        ),
+        "pool": lambda: nn.MaxPool2d(2),
+        "norm": nn.LazyBatchNorm2d,
+        "gelu": lambda: nn.GELU("tanh"),
+        "relu": lambda: nn.ReLU(inplace=True),
+        "block": Block,
+        "max": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+        "mean": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "dropout": nn.Dropout,
+        "dense": nn.LazyLinear,
+    }
+
+    def follow(layers: Layers) -> nn.Module:
+        return nn.Sequential(*(build[kind](*arguments) for kind, *arguments in layers))
+
+    return follow(layers)

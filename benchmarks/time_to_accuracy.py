@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy.py --config=configs/cifar10.py [--seeds=3] [--workdir=runs]
         [--output=benchmarks/results/cifar10.json] [--note=TEXT] [--config.key=value ...]
-    python benchmarks/time_to_accuracy.py --collect runs/cifar10-0 runs/cifar10-1 ...
+    python benchmarks/time_to_accuracy.py --config=configs/cifar10.py --collect runs/a runs/b ...
 
 The second form summarises runs that are finished. README.md's table is made of the output files:
 run `python benchmarks/readme_table.py` afterwards.
@@ -101,7 +101,7 @@ def _read(workdir: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--config", default="configs/cifar10.py")
+    parser.add_argument("--config", required=True, help="such as configs/cifar10.py")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of the runs' workdirs")
     parser.add_argument("--output", type=Path, help="default: results/<config>.json")
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--machine", help="of collected runs that do not tell it")
     parser.add_argument("--collect", type=Path, nargs="+", metavar="DIR")
     arguments, flags = parser.parse_known_args()
+    if arguments.collect and flags:
+        parser.error(f"{' '.join(flags)}: runs that are finished take no more flags")
     name = Path(arguments.config).stem
     workdirs = arguments.collect
     if not workdirs:
