@@ -1,0 +1,89 @@
+"""Where a training step's time goes: a trace of a few steps, and the dearest operations.
+
+    python -m imgcls.profile --workdir=runs/cifar10 [--steps=5]
+
+Reads the run's own config, continues in memory from its latest checkpoint (or from the start) and
+saves nothing but the trace, in WORKDIR/profile. The run must not be under way.
+"""
+
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from imgcls import backend, cli, experiment
+from imgcls.checkpoint import Checkpoints
+from imgcls.errors import UserError
+from imgcls.logs import say
+from imgcls.stopping import StopSignal
+from imgcls.train import _Run
+from imgcls.workdir import claim
+
+SHOWN = 15
+VIEWERS = """\
+look at it with    tensorboard --logdir={0}    (pip install tensorboard xprof)
+or open            {1}    in https://ui.perfetto.dev"""
+
+
+def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
+    """Traces compiled training steps into WORKDIR/profile, and says what they spend time on.
+
+    Returns:
+        Per operation of the compiled step its name in the trace, where in the model or step it
+        comes from, and its milliseconds a step; the dearest first. An operation that contains
+        others includes their time.
+
+    Raises:
+        UserError, CheckpointError: the workdir holds no run, a damaged one, or one under way.
+    """
+    backend.start()
+    config = experiment.load_config(workdir)
+    with StopSignal() as stop, claim(workdir):
+        run = _Run(config, workdir, Checkpoints(workdir / "checkpoints"), stop)
+        run._compile()
+        state, batch = run.state, run._train_batch()
+        state, metrics = run.train_step(state, batch, run.rng)  # the first is not like the rest
+        jax.block_until_ready(metrics)
+        with jax.profiler.trace(workdir / "profile", create_perfetto_trace=True):
+            started = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = run.train_step(state, batch, run.rng)
+            jax.block_until_ready(metrics)
+            milliseconds = 1000 * (time.perf_counter() - started) / steps
+    folder = max((workdir / "profile" / "plugins" / "profile").iterdir())
+    operations = _operations(folder, run.train_step.as_text(), steps)
+    say(f"a step takes {milliseconds:.1f} ms while it is traced; of that, in operations:")
+    for name, source, spent in operations[:SHOWN]:
+        say(f"{spent:10.2f} ms {spent / milliseconds:6.1%}  {name:32s} {source[-80:]}")
+    say(VIEWERS.format(workdir / "profile", folder / "perfetto_trace.json.gz"))
+    return operations
+
+
+def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, float]]:
+    """The operations of the compiled `program`, an HLO text, found in the trace in `folder`."""
+    sources = dict(re.findall(r'%([\w.-]+) = .* metadata=\{.*?op_name="([^"]*)"', program))
+    module = re.match(r"HloModule (\w+)", program)[1]
+    spent: Counter[str] = Counter()
+    for path in folder.glob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                stats = dict(event.stats)
+                if "hlo_op" in stats and stats.get("hlo_module") == module:
+                    spent[stats["hlo_op"]] += event.duration_ns / 1e6 / steps
+    # Every path begins with the step's own jit.
+    return [(name, sources.get(name, "").partition("/")[2], t) for name, t in spent.most_common()]
+
+
+def _main(_: list[str]) -> None:
+    if flags.FLAGS.steps < 1:
+        raise UserError(f"--steps={flags.FLAGS.steps} must be at least 1")
+    profile(cli.required_workdir(), steps=flags.FLAGS.steps)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("steps", 5, "How many training steps to trace.")
+    cli.define_workdir()
+    cli.run(_main, usage=__doc__)

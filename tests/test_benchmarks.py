@@ -1,0 +1,191 @@
+"""The programs in benchmarks/: their statistics, what they refuse, and the table in the README."""
+
+import json
+
+import common
+import contenders
+import jax
+import networks
+import numpy as np
+import pytest
+import readme_table
+import time_to_accuracy
+from scipy.stats import ttest_1samp
+
+from imgcls import experiment
+from imgcls.errors import UserError
+from tests.conftest import ROOT, flags_of, small_config
+from tests.finished_run import random_logits, write_run
+
+
+def fake_run(workdir, seed, command_seconds=None, **changes):
+    """A finished run of 300 examples; other seeds have other accuracy."""
+    logits, labels = random_logits(300, 3, seed)
+    results = {"device": "cpu", "versions": {"jax": "1"}, "git_commit": "a" * 40}
+    results |= {"seconds": 10.0 + seed, "images_per_second": 100.0}
+    config = {"seed": seed, "data": {"name": "toy", "dir": str(workdir)}, "epochs": 3}
+    config |= changes.pop("config", {})
+    write_run(workdir, logits, labels, config=config, **(results | changes))
+    if command_seconds:
+        command = {"seconds": command_seconds, "machine": "a laptop"}
+        (workdir / "command.json").write_text(json.dumps(command))
+    return workdir
+
+
+def top1_of(workdir):
+    return json.loads((workdir / "results.json").read_text())["top1"]
+
+
+def summary_of(*workdirs, **values):
+    summary = time_to_accuracy.collect(list(workdirs))
+    return summary | {"name": "toy", "note": "", "machine": "a laptop"} | values
+
+
+def write_summary(folder, config, summary):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{config}.json").write_text(json.dumps(summary | {"name": config}))
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = [0.941, 0.9425, 0.9385, 0.9402]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert time_to_accuracy.student_interval(values) == pytest.approx([*expected])
+    assert time_to_accuracy.student_interval([1.0, 3.0]) == pytest.approx(
+        [2 - 12.7062047, 2 + 12.7062047]
+    )
+
+
+def test_runs_that_differ_in_their_seed_are_summarised(tmp_path):
+    runs = [fake_run(tmp_path / str(seed), seed, 20.0 + seed) for seed in range(3)]
+    top1 = [top1_of(run) for run in runs]
+    assert len(set(top1)) == 3
+    summary = time_to_accuracy.collect(runs)
+    assert summary["top1"]["mean"] == pytest.approx(np.mean(top1))
+    assert summary["top1"]["interval"] == time_to_accuracy.student_interval(top1)
+    assert summary["top1"]["over"] == "3 seeds"
+    assert summary["seconds"] == {"command": 21.0, "inside": 11.0}
+    assert [(row["seed"], row["top1"]) for row in summary["seeds"]] == list(enumerate(top1))
+    assert (summary["machine"], summary["git_commit"]) == ("a laptop", "a" * 40)
+    assert "seed" not in summary["config"]
+
+
+def test_one_run_has_the_interval_over_its_examples_and_says_so(tmp_path):
+    run = fake_run(tmp_path / "run", 4)
+    summary = time_to_accuracy.collect([run])
+    results = json.loads((run / "results.json").read_text())
+    assert summary["top1"]["interval"] == results["top1_interval"]
+    assert summary["top1"]["over"] == "examples, one seed"
+    assert summary["seconds"] == {"command": None, "inside": 14.0}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config": {"epochs": 4}}, "another config than"),
+        ({"config": {"seed": 0}}, "each may come only once"),
+        ({"git_commit": "b" * 40}, "another git_commit than"),
+        ({"versions": {"jax": "2"}}, "another versions than"),
+        ({"command_seconds": 9.0}, "another machine than"),
+    ],
+    ids=str,
+)
+def test_runs_that_differ_in_more_are_refused(tmp_path, changes, message):
+    runs = [fake_run(tmp_path / "a", 0), fake_run(tmp_path / "b", 1, **changes)]
+    with pytest.raises(UserError, match=message):
+        time_to_accuracy.collect(runs)
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    run = fake_run(tmp_path / "run", 0)
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"results\.json does not exist"):
+        time_to_accuracy.collect([run])
+
+
+def test_the_command_trains_the_seeds_and_the_time_is_of_the_whole(tmp_path, monkeypatch):
+    flags = [*flags_of(small_config(train__epochs=1)), "--config.model.cpu_kernels=off"]
+    output = tmp_path / "out" / "digits.json"
+    arguments = ["--config=configs/digits.py", "--seeds=2", f"--workdir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["x", *arguments, f"--output={output}", *flags])
+    time_to_accuracy.main()
+    summary = json.loads(output.read_text())
+    assert [row["seed"] for row in summary["seeds"]] == [0, 1]
+    assert summary["config"]["train"]["epochs"] == 1
+    assert summary["seconds"]["command"] > summary["seconds"]["inside"] > 0
+    assert summary["machine"] == common.machine()
+    # A second time nothing is trained, and the time stays that of the first.
+    time_to_accuracy.main()
+    assert json.loads(output.read_text()) == summary
+
+
+def test_a_table_row_tells_what_its_figures_are_over(tmp_path):
+    runs = [fake_run(tmp_path / str(seed), seed, 20.0 + seed) for seed in range(3)]
+    configs, results = tmp_path / "configs", tmp_path / "results"
+    configs.mkdir()
+    for name in ("many", "missing", "one"):
+        (configs / f"{name}.py").touch()
+    write_summary(results, "many", summary_of(*runs))
+    write_summary(results, "one", summary_of(fake_run(tmp_path / "s", 5), note="a note"))
+    table = readme_table.results_table(results, configs)
+    many, missing, one = table.splitlines()[2:5]
+    assert many.startswith("| `many` |") and "| 3 seeds | 21 s | 100 | aaaaaaaaa |" in many
+    assert missing.startswith("| `missing` | not run to the end yet |")
+    assert one.startswith("| `one` (a note) |") and "examples, one seed | 15 s |" in one
+    correct = round(300 * top1_of(tmp_path / "s"))
+    assert f"({correct}/300)" in one
+    assert "`many`, `one`: a laptop; jax 1." in table
+
+
+def test_the_readme_has_the_table_of_the_files():
+    table = readme_table.results_table(common.RESULTS, ROOT / "configs")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_table.BEGIN in readme
+    message = "README.md and benchmarks/results differ: run python benchmarks/readme_table.py"
+    assert readme_table.rewritten(readme, table) == readme, message
+
+
+def test_rewriting_the_table_leaves_the_rest_of_the_readme_alone():
+    readme = f"before\n{readme_table.BEGIN}\nold\\1\n{readme_table.END}\nafter\n"
+    new = readme_table.rewritten(readme, r"new \1")
+    assert new == readme.replace("old\\1", r"new \1")
+    with pytest.raises(ValueError, match="no .* markers"):
+        readme_table.rewritten("a README without markers", "table")
+
+
+@pytest.mark.parametrize("network", contenders.NETWORKS)
+def test_the_alternatives_are_given_the_projects_own_network(network):
+    config = contenders.network_config(network)
+    layers = networks.layers_of(config, contenders.CLASSES)
+    models = experiment.build_model(config, contenders.CLASSES), networks.linen(layers, "float32")
+    images = np.zeros((2, *config.data.image_size, config.data.channels), np.float32)
+    ours, plain = (
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"]
+        for model in models
+    )
+    assert sorted(p.shape for p in jax.tree.leaves(ours)) == sorted(
+        p.shape for p in jax.tree.leaves(plain)
+    )
+
+
+@pytest.mark.parametrize(
+    "body, hello",
+    [
+        ("print('noise'); return {'ready': 1}, lambda x: {'half': 6 // x}", {"ready": 1}),
+        ("import nowhere", {"error": "ModuleNotFoundError: No module named 'nowhere'"}),
+        ("raise ModuleNotFoundError(name='torch')", {"error": "not installed"}),
+        ("import os; os._exit(7)", {"error": "exit code 7"}),
+    ],
+)
+def test_a_worker_answers_or_says_why_not(tmp_path, body, hello):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import common\n"
+        f"def start(): {body}\ncommon.serve(start)"
+    )
+    worker = common.Worker(script, [])
+    assert worker.hello == hello
+    if "ready" in hello:
+        assert worker.ask(x=2) == {"half": 3}
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            worker.ask(x=0)
+    worker.close()

@@ -1,0 +1,46 @@
+"""A profile names the operations of the training step, and leaves the run as it was."""
+
+import pytest
+
+from imgcls import experiment
+from imgcls.errors import UserError
+from imgcls.profile import profile
+from imgcls.train import train_and_evaluate
+from imgcls.workdir import claim, write_json
+from tests.conftest import small_config
+
+
+def files(workdir):
+    return {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != ".lock" and "profile" not in path.parts
+    }
+
+
+def test_a_profile_of_a_finished_run_changes_nothing_in_it(tmp_path, capsys):
+    train_and_evaluate(small_config(train__epochs=1), tmp_path / "run")
+    before = files(tmp_path / "run")
+    operations = profile(tmp_path / "run", steps=2)
+    assert files(tmp_path / "run") == before
+    sources = [source for _, source, _ in operations]
+    for part in ("jvp(CNN)/Conv_0", "transpose(jvp(CNN))/Conv_0", "jvp(CNN)/BatchNorm_0"):
+        assert any(part in source for source in sources), part
+    spent = [t for _, _, t in operations]
+    assert spent == sorted(spent, reverse=True) and spent[-1] >= 0 < spent[0]
+    output = capsys.readouterr().out
+    assert operations[0][0] in output and len(list(tmp_path.rglob("perfetto_trace.json.gz"))) == 1
+
+
+def test_a_run_without_a_checkpoint_is_profiled_from_its_start(tmp_path):
+    write_json(tmp_path / "config.json", experiment.to_json(small_config()))
+    assert profile(tmp_path, steps=1)
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_what_is_no_run_or_is_under_way_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        profile(tmp_path / "nothing", steps=1)
+    write_json(tmp_path / "config.json", experiment.to_json(small_config()))
+    with claim(tmp_path), pytest.raises(UserError, match="in use by process"):
+        profile(tmp_path, steps=1)
