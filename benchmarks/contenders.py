@@ -36,6 +36,7 @@ def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> Con
     config.optim.update(name="sgd", learning_rate=0.01, momentum=0.9, ema_decay=0.0, clip_norm=0.0)
     config.optim.schedule = "constant"
     config.train.accumulate_steps = 1
+    config.train.early_epochs = 0.0
     config.train.batch_size = batch_size or config.train.batch_size
     config.data.validation = ""
     return config
@@ -82,8 +83,9 @@ class Imgcls:
     def train(self, count: int) -> None:
         import jax
 
+        step = self.run.train_steps[False]
         for _ in range(count):
-            self.run.state, metrics = self.run.train_step(self.run.state, self.batch, self.run.rng)
+            self.run.state, metrics = step(self.run.state, self.batch, self.run.rng)
         jax.block_until_ready(metrics)
 
     @cached_property
@@ -182,6 +184,9 @@ class Torch:
         model = networks.torch_module(networks.layers_of(config, CLASSES))
         model(images[:2].permute(0, 3, 1, 2))
         model.to(**memory)
+        for layer in model.modules():
+            for name in getattr(layer, "frozen", []):
+                getattr(layer, name).requires_grad_(False)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters, o = sum(p.numel() for p in trained), config.optim
         groups = [

@@ -50,7 +50,7 @@ class Run(_Run):
         jax.block_until_ready((state, batch))
         started = time.perf_counter()
         for _ in range(STEPS.value):
-            state, _metrics = self.train_step(state, batch, self.rng)
+            state, _metrics = self.train_steps[False](state, batch, self.rng)
         jax.block_until_ready(state)
         return (time.perf_counter() - started) / STEPS.value
 
@@ -58,6 +58,7 @@ class Run(_Run):
 def main(_: list[str]) -> None:
     config = CONFIG.value
     config.train.epochs = REPETITIONS.value + 1
+    config.train.early_epochs = 0.0
     config.train.validate_every_epochs = config.train.checkpoint_every_epochs = 1
     experiment.validate(config)
     backend.start()

@@ -1,8 +1,8 @@
 """The networks as a list of layers, and that list in each of the alternatives.
 
 Layers are (kind, *arguments): whiten (width: frozen 2x2 filters, and a bias), conv (width, kernel,
-stride), pool (2x2 maximum), norm, gelu, relu, block (layers, shortcut), max and mean (over the
-image), dropout (rate), dense (width).
+stride), pool (2x2 maximum), norm (whether it has a scale), gelu, relu, block (layers,
+shortcut), max and mean (over the image), dropout (rate), dense (width).
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ Layers = tuple[tuple[Any, ...], ...]
 def layers_of(config: Any, num_classes: int) -> Layers:
     m = config.model
     if m.name == "resnet":
-        layers, channels = [("conv", 64, 3, 1), ("norm",), ("relu",)], 64
+        layers, channels = [("conv", 64, 3, 1), ("norm", True), ("relu",)], 64
         for stage, width in enumerate((64, 128, 256, 512)):
             for i in range(2):
                 stride = 2 if stage > 0 and i == 0 else 1
-                body = (("conv", width, 3, stride), ("norm",), ("relu",))
-                body += (("conv", width, 3, 1), ("norm",))
-                projection = (("conv", width, 1, stride), ("norm",))
+                body = (("conv", width, 3, stride), ("norm", True), ("relu",))
+                body += (("conv", width, 3, 1), ("norm", True))
+                projection = (("conv", width, 1, stride), ("norm", True))
                 layers.append(("block", body, projection if width != channels else ()))
                 channels = width
         return (*layers, ("mean",), ("dense", num_classes))
@@ -27,7 +27,7 @@ def layers_of(config: Any, num_classes: int) -> Layers:
     for width in m.widths:
         for i in range(m.convs_per_block):
             layers += [("conv", width, 3, 1), *([("pool",)] if i == 0 else [])]
-            layers += [("norm",), ("gelu",)]
+            layers += [("norm", False), ("gelu",)]
     layers.append(("max",))
     for width in m.dense_widths:
         layers += [("dropout", m.dropout_rate), ("dense", width), ("gelu",)]
@@ -60,7 +60,8 @@ def linen(layers: Layers, dtype: str) -> Any:
                 elif kind == "pool":
                     x = nn.max_pool(x, (2, 2), (2, 2))
                 elif kind == "norm":
-                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
+                    norm = nn.BatchNorm(not train, momentum=0.9, use_scale=a[0], dtype=dtype)
+                    x = norm(x)
                 elif kind == "block":
                     x = nn.relu(self.follow(a[0], x, train) + self.follow(a[1], x, train))
                 elif kind == "dropout":
@@ -91,7 +92,7 @@ def keras_model(layers: Layers, image_shape: tuple[int, ...]) -> Any:
             width, size, stride, padding="same", use_bias=False
         ),
         "pool": lambda: k.MaxPooling2D(2),
-        "norm": lambda: k.BatchNormalization(momentum=0.9, epsilon=1e-5),
+        "norm": lambda scale: k.BatchNormalization(momentum=0.9, epsilon=1e-5, scale=scale),
         "gelu": lambda: k.Activation(lambda x: keras.activations.gelu(x, approximate=True)),
         "relu": k.ReLU,
         "max": k.GlobalMaxPooling2D,
@@ -131,13 +132,18 @@ def torch_module(layers: Layers) -> Any:
         filters.weight.requires_grad_(False)
         return filters
 
+    def norm(scale: bool) -> nn.Module:
+        norm = nn.LazyBatchNorm2d()
+        norm.frozen = [] if scale else ["weight"]  # a name: the parameter is not there yet
+        return norm
+
     build = {
         "whiten": whiten,
         "conv": lambda width, size, stride: nn.LazyConv2d(
             width, size, stride, size // 2, bias=False
         ),
         "pool": lambda: nn.MaxPool2d(2),
-        "norm": nn.LazyBatchNorm2d,
+        "norm": norm,
         "gelu": lambda: nn.GELU("tanh"),
         "relu": lambda: nn.ReLU(inplace=True),
         "block": Block,

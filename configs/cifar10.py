@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "cifar10"
     config.data.dir = ""  # empty: TFDS_DATA_DIR or ~/tensorflow_datasets
-    config.data.train = "train[:95%]"
-    config.data.validation = "train[95%:]"  # empty: none
+    config.data.train = "train[:98%]"
+    config.data.validation = "train[98%:]"  # empty: none
     config.data.test = "test"
     config.data.image_size = (32, 32)  # (height, width) in pixels
     config.data.channels = 3
@@ -54,12 +54,12 @@ def get_config() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.name = "muon"
-    config.optim.learning_rate = 0.24  # the peak, for a batch
-    config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
+    config.optim.learning_rate = 0.12  # the peak, for a batch
+    config.optim.adam_learning_rate = 0.012  # under muon: the peak for all but convolution kernels
     config.optim.schedule = "linear"  # after the warmup
     config.optim.warmup_epochs = 0.0
-    config.optim.momentum = 0.6
-    config.optim.weight_decay = 0.12
+    config.optim.momentum = 0.85
+    config.optim.weight_decay = 0.06
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.label_smoothing = 0.1
     config.optim.ema_decay = 0.98  # a step; 0: no averaging
@@ -68,8 +68,8 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 512
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
     config.train.epochs = 12
-    config.train.early_epochs = 0.0  # first ones on smaller images: much less to compute
-    config.train.early_image_size = (32, 32)
+    config.train.early_epochs = 5.0  # first ones on smaller images: much less to compute
+    config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 20
     config.train.validate_every_epochs = 2
     config.train.checkpoint_every_epochs = 1

@@ -44,17 +44,18 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
     with StopSignal() as stop, claim(workdir):
         run = _Run(config, workdir, Checkpoints(workdir / "checkpoints"), stop)
         run._compile()
+        train_step = run.train_steps[run.step < run.early_steps]
         state, batch = run.state, run._train_batch()
-        state, metrics = run.train_step(state, batch, run.rng)  # the first is not like the rest
+        state, metrics = train_step(state, batch, run.rng)  # the first is not like the rest
         jax.block_until_ready(metrics)
         with jax.profiler.trace(workdir / "profile", create_perfetto_trace=True):
             started = time.perf_counter()
             for _ in range(steps):
-                state, metrics = run.train_step(state, batch, run.rng)
+                state, metrics = train_step(state, batch, run.rng)
             jax.block_until_ready(metrics)
             milliseconds = 1000 * (time.perf_counter() - started) / steps
     folder = max((workdir / "profile" / "plugins" / "profile").iterdir())
-    operations = _operations(folder, run.train_step.as_text(), steps)
+    operations = _operations(folder, train_step.as_text(), steps)
     say(f"a step takes {milliseconds:.1f} ms while it is traced; of that, in operations:")
     for name, source, spent in operations[:SHOWN]:
         say(f"{spent:10.2f} ms {spent / milliseconds:6.1%}  {name:32s} {source[-80:]}")
