@@ -30,7 +30,6 @@ def main(_: list[str]) -> None:
         raise UserError("--config is missing: try --config=configs/digits.py")
     workdir = cli.required_workdir()
     from imgcls import distributed  # after the flags: JAX takes a while to import
-    from imgcls.train import train_and_evaluate
 
     try:
         config = CONFIG.value.copy_and_resolve_references()  # a file that failed to load fails here
@@ -43,6 +42,8 @@ def main(_: list[str]) -> None:
         start_timeout=START_TIMEOUT.value,
         heartbeat_timeout=HEARTBEAT_TIMEOUT.value,
     ):
+        from imgcls.train import train_and_evaluate
+
         train_and_evaluate(config, workdir)
 
 
