@@ -17,7 +17,7 @@ from imgcls.distributed import is_main
 
 
 def say(text: str) -> None:
-    """Prints a line, in process 0; a reader that closed its end (`| head -1`) ends the output, not the run."""
+    """Prints a line, in process 0; a reader that left (`| head`) ends the output, not the run."""
     if not is_main():
         return
     try:

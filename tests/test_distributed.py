@@ -42,7 +42,7 @@ def start_pair(workdir, config) -> list[subprocess.Popen]:
 def wait_for(*processes) -> tuple[list[int], list[str]]:
     """The exit codes, and what each printed since it was last read."""
     try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
