@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -68,7 +69,11 @@ def session(
         initialization_timeout=start_timeout + 60,
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
-    if not _in_time(join, start_timeout):
+    try:
+        joined = _in_time(join, start_timeout)
+    except Exception as error:
+        raise UserError(f"this process cannot join the others: {_first_line(error)}") from error
+    if not joined:
         where = f" at --coordinator_address={coordinator_address}" if coordinator_address else ""
         raise UserError(
             f"not all processes of this run met{where} within {start_timeout} s: start every one "
@@ -81,13 +86,14 @@ def session(
         jax.distributed.shutdown()  # when all are here: process 0 may still write the report
     except ImgclsError:
         # The others often fail or stop likewise, and process 0 must not leave before them.
-        _in_time(jax.distributed.shutdown, PATIENCE)
+        with contextlib.suppress(Exception):
+            _in_time(jax.distributed.shutdown, PATIENCE)
         raise
     except jax.errors.JaxRuntimeError as error:
         if not re.search("gloo|nccl|connection|unavailable|heartbeat", str(error), re.IGNORECASE):
             raise
         raise PeerError(
-            f"another process of this run is gone ({str(error).splitlines()[0][:200]}): see what "
+            f"another process of this run is gone ({_first_line(error)}): see what "
             "it said, and start all of them again to resume"
         ) from error
 
@@ -137,6 +143,14 @@ def _check(given: dict[str, str | int | None]) -> bool:
         raise UserError(f"--num_processes={count} must be at least 1")
     if not 0 <= index < count:
         raise UserError(f"--process_id={index} must be from 0 to {count - 1}: --num_processes less")
+    if index == 0:
+        try:  # JAX would crash
+            socket.create_server(("", int(address.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--coordinator_address={address}: the port cannot be opened here ({error}): "
+                "choose another in all processes"
+            ) from None
     return True
 
 
@@ -154,13 +168,13 @@ def _detects_several() -> bool:
         logging.warning(
             "this may be one of several processes, but JAX cannot tell (%s): if so, give each "
             "--coordinator_address, --num_processes and --process_id; else --num_processes=1",
-            (str(error).splitlines() or [type(error).__name__])[0],
+            _first_line(error),
         )
     return False
 
 
 def _in_time(function: Callable[[], None], seconds: float) -> bool:
-    """Runs function(), in a thread; False when it takes longer, and it is left behind."""
+    """Runs function() in a thread; False when it takes longer: it is then left behind."""
     errors: list[Exception] = []
 
     def run() -> None:
@@ -173,5 +187,9 @@ def _in_time(function: Callable[[], None], seconds: float) -> bool:
     thread.start()
     thread.join(seconds)
     if errors:
-        raise UserError(f"the processes cannot meet: {str(errors[0]).splitlines()[0]}")
+        raise errors[0]
     return not thread.is_alive()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
