@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from imgcls.distributed import is_main
 from imgcls.errors import CheckpointError
 
 
@@ -46,7 +48,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
-            if not read_only and jax.process_index() == 0:
+            if not read_only and is_main():
                 # What a kill left of a save. Orbax would remove it in the background, where it
                 # may meet the next save of the same step.
                 for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
@@ -104,7 +106,9 @@ class Checkpoints:
             except _Damaged as damage:
                 aside = self._directory / f"damaged-{step}"
                 logging.warning("%s; renamed to %s", damage, aside.name)
-                (self._directory / str(step)).rename(aside)
+                if is_main():
+                    (self._directory / str(step)).rename(aside)
+                sync_global_devices(aside.name)
                 self._manager.reload()
         raise CheckpointError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they are kept as "

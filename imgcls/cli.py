@@ -1,7 +1,8 @@
 """What all commands share: flags that fail in one line, exit codes, and `--debug`.
 
 Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4 checkpoint
-trouble; 130 stopped by Ctrl-C and 143 by SIGTERM, after saving. 1 is a defect, with its traceback.
+trouble; 130 stopped by Ctrl-C and 143 by SIGTERM, after saving. 1 is a defect, with its traceback,
+or another process of the run died.
 """
 
 import contextlib

@@ -28,6 +28,10 @@ class CheckpointError(ImgclsError):
     exit_code = 4
 
 
+class PeerError(ImgclsError):
+    """Another process of the run is gone."""
+
+
 class Stopped(ImgclsError):
     """SIGTERM (143) or Ctrl-C (130) ended the run after it saved what it could."""
 

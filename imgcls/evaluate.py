@@ -21,6 +21,7 @@ from absl import flags
 from imgcls import backend, cli, experiment
 from imgcls.classifier import Classifier, load
 from imgcls.data import Split
+from imgcls.distributed import is_main
 from imgcls.errors import DivergedError, UserError
 from imgcls.logs import say
 from imgcls.metrics import evaluate_logits, fit_temperature
@@ -54,7 +55,7 @@ def evaluate(
     config, step = classifier.config, int(classifier.state.step)
     official = split == "test" and checkpoint == config.eval.checkpoint
     suffix = "" if official else f"_{split}_{checkpoint}"
-    if split == "test":
+    if split == "test" and is_main():
         _break_seal(workdir, checkpoint, step)
     wanted = [split, *({"validation"} & splits.keys() - {split})]
     logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
@@ -90,6 +91,8 @@ def evaluate(
         averaged = evaluate_logits(mean, examples.labels, examples.class_names)
         keys = ("top1", "top1_interval", "top5", "loss")
         results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in keys}
+    if not is_main():
+        return results
     np.savez_compressed(
         workdir / f"predictions{suffix}.npz",
         logits=logits[split],

@@ -13,9 +13,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from imgcls.distributed import is_main
+
 
 def say(text: str) -> None:
-    """Prints a line; a reader that closed its end (`| head -1`) ends the output, not the run."""
+    """Prints a line, in process 0; a reader that left (`| head`) ends the output, not the run."""
+    if not is_main():
+        return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -29,7 +33,12 @@ def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tq
     if not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")
     with tqdm(
-        total=total, desc=doing, unit=f" {unit}", initial=initial, disable=None, dynamic_ncols=True
+        total=total,
+        desc=doing,
+        unit=f" {unit}",
+        initial=initial,
+        disable=None if is_main() else True,
+        dynamic_ncols=True,
     ) as bar:
         yield bar
 
@@ -82,17 +91,22 @@ def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
 
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on."""
+    """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on.
+
+    In any process but the first it writes nothing.
+    """
 
     def __init__(self, workdir: Path, *, start_step: int):
         # Loading it takes a quarter of a second, which commands that do not train need not spend.
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
+        self._path = workdir / "metrics.jsonl" if is_main() else Path(os.devnull)
+        if self._path.is_file():
             self._cut(start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+        self._events = SummaryWriter(
+            str(workdir), purge_step=start_step + 1, flush_secs=10, write_to_disk=is_main()
+        )
 
     def _cut(self, step: int) -> None:
         """Removes a torn last line, and lines past the restored step: they will come again."""

@@ -15,6 +15,7 @@ from imgcls import backend, experiment
 from imgcls.checkpoint import Checkpoints
 from imgcls.classifier import Classifier, state_target
 from imgcls.data import TrainOrder, eval_order
+from imgcls.distributed import Agreement, is_main
 from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluate import evaluate
 from imgcls.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
@@ -80,6 +81,7 @@ class _Run:
         self.early_steps = round(config.train.early_epochs * self.steps_per_epoch)
         self.schedule = experiment.build_schedule(config, steps_per_epoch=self.steps_per_epoch)
         self.mesh = make_mesh()
+        self.stop_agreed = Agreement(stop, delay=STEPS_AHEAD)
         self.rng = jax.jit(
             partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
         )()
@@ -204,7 +206,7 @@ class _Run:
         if self.step < self.total_steps or self._validation_due():
             self._compile()
         self.writer = MetricWriter(self.workdir, start_step=self.step)
-        if self.step == 0:
+        if self.step == 0 and is_main():
             batch = self.splits["train"].read(self.order[0])
             images = experiment.augmented_images(self.config, batch, len(self.class_names))
             images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
@@ -235,12 +237,12 @@ class _Run:
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         save = last or (rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0)
         top1 = self._validate() if self._validation_due() else None
-        stopping = self.stop.requested is not None
+        stopping = self.stop_agreed()
         if top1 is not None or ((save or stopping) and self.step > self.saved_step):
             self._save(top1)
         if stopping:
             self.checkpoints.wait()
-            raise self.stop.stopped(f"step {self.step} is saved; the same command resumes")
+            raise self.stop_agreed.stopped(f"step {self.step} is saved; the same command resumes")
 
     def _validation_due(self) -> bool:
         epoch, rest = divmod(self.step, self.steps_per_epoch)
@@ -264,7 +266,7 @@ class _Run:
         for batch in self._validation_batches():
             metrics = jax.device_get(self.eval_step(self.state, batch))
             sums = {key: value + float(metrics[key]) for key, value in sums.items()}
-            if self.stop.requested is not None:
+            if self.stop_agreed():
                 return None
         means = mean_metrics(sums)
         now = time.perf_counter()
@@ -340,9 +342,9 @@ class _Run:
             state, meta = self.checkpoints.restore("best", state_target(self.config, self.model))
 
         def poll() -> None:
-            if self.stop.requested is not None:
+            if self.stop_agreed():
                 self.checkpoints.wait()
-                raise self.stop.stopped("training is saved; the same command evaluates")
+                raise self.stop_agreed.stopped("training is saved; the same command evaluates")
 
         evaluate(
             Classifier(self.config, self.model, state, meta),

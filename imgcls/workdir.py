@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from imgcls.distributed import is_main
 from imgcls.errors import UserError
 
 
@@ -17,9 +18,14 @@ from imgcls.errors import UserError
 def claim(workdir: Path) -> Iterator[None]:
     """Creates the directory and holds its lock, which the kernel frees however the process ends.
 
+    Process 0 does so for all processes of a run.
+
     Raises:
         UserError: it is a file, cannot be written, or is in use by another process.
     """
+    if not is_main():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("a+", encoding="ascii")
@@ -48,7 +54,12 @@ def claim(workdir: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file in one step: a reader, or a kill, finds the old one or the new one."""
+    """Replaces the file in one step: a reader, or a kill, finds the old one or the new one.
+
+    Process 0 writes for all.
+    """
+    if not is_main():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

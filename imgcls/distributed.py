@@ -1,0 +1,195 @@
+"""Several processes of one run, such as one a machine: how they meet, agree to stop, and leave.
+
+Each holds a part of the devices and reads its rows of every batch. Process 0 alone claims the
+workdir, prints, and writes anything but checkpoints, in which all take part.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imgcls.errors import ImgclsError, PeerError, Stopped, UserError
+from imgcls.sharding import make_mesh, put_batch, replicated
+from imgcls.stopping import StopSignal
+
+PATIENCE = 10  # seconds that a process which stops or fails waits for the others to leave too
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes; asks no device unless there are several processes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def session(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    start_timeout: int,
+    heartbeat_timeout: int,
+) -> Iterator[None]:
+    """Joins the other processes, if any, before JAX computes, and leaves together with them.
+
+    Args:
+        coordinator_address: "host:port" of process 0, reachable from all. None, as the next two: as
+            JAX detects (Slurm, Open MPI, Cloud TPU, Kubernetes), else this is the only process.
+        num_processes: how many there are; 1 turns the detection off.
+        process_id: which one this is, from 0.
+        start_timeout: seconds to wait until all are there.
+        heartbeat_timeout: seconds after which a silent process counts as dead. JAX then aborts the
+            others.
+
+    Raises:
+        UserError: the three do not fit together, or not all processes came in time.
+        PeerError: another process died, as seen by a collective operation of this one.
+    """
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    several = _check(given) if any(v is not None for v in given.values()) else _detects_several()
+    if not several:
+        yield
+        return
+    # JAX would take SIGTERM for itself; a stop is agreed upon by `Agreement`.
+    jax.config.update("jax_enable_preemption_service", False)
+    join = lambda: jax.distributed.initialize(
+        **given,
+        # JAX aborts the process at its own timeout; ours comes first, and tells what to do.
+        initialization_timeout=start_timeout + 60,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+    )
+    try:
+        joined = _in_time(join, start_timeout)
+    except Exception as error:
+        raise UserError(f"this process cannot join the others: {_first_line(error)}") from error
+    if not joined:
+        where = f" at --coordinator_address={coordinator_address}" if coordinator_address else ""
+        raise UserError(
+            f"not all processes of this run met{where} within {start_timeout} s: start every one "
+            "with the same command but its own --process_id, or raise --start_timeout"
+        )
+    if not is_main():
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield
+        jax.distributed.shutdown()  # when all are here: process 0 may still write the report
+    except ImgclsError:
+        # The others often fail or stop likewise, and process 0 must not leave before them.
+        with contextlib.suppress(Exception):
+            _in_time(jax.distributed.shutdown, PATIENCE)
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("gloo|nccl|connection|unavailable|heartbeat", str(error), re.IGNORECASE):
+            raise
+        raise PeerError(
+            f"another process of this run is gone ({_first_line(error)}): see what "
+            "it said, and start all of them again to resume"
+        ) from error
+
+
+class Agreement:
+    """Whether any process was asked to stop: the same answer in all of them, at the same call.
+
+    The question goes to the device beside the training steps, and is answered `delay` calls later,
+    so that no step waits for it. A process alone answers at once.
+    """
+
+    def __init__(self, stop: StopSignal, *, delay: int):
+        self._stop, self._delay, self._mesh = stop, delay, make_mesh()
+        self._max = jax.jit(jnp.max, out_shardings=replicated(self._mesh))
+        self._asked: list[jax.Array] = []
+        self._signal = 0
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._stop.requested is not None
+        if not self._signal:
+            signal = lambda rows: {"signal": np.full(len(rows), self._stop.requested or 0)}
+            devices = np.arange(jax.device_count())
+            self._asked.append(self._max(put_batch(signal, devices, self._mesh)["signal"]))
+            if len(self._asked) > self._delay:
+                self._signal = int(self._asked.pop(0))
+        return self._signal != 0
+
+    def stopped(self, text: str) -> Stopped:
+        """What to raise once all have agreed and saved."""
+        # Not earlier: a signal of this process's own would then count as its second.
+        self._stop.requested = self._stop.requested or self._signal
+        return self._stop.stopped(text)
+
+
+def _check(given: dict[str, str | int | None]) -> bool:
+    if given["num_processes"] == 1:
+        return False
+    for name, value in given.items():
+        if value is None:
+            others = " and ".join(f"--{n}" for n in given if n != name)
+            raise UserError(f"--{name} is missing: it goes together with {others}")
+    address, count, index = given.values()
+    if not re.fullmatch(r"[^:\s]+:\d+|\[[^\s]+\]:\d+", address):
+        raise UserError(f"--coordinator_address={address} must be host:port of process 0")
+    if count < 1:
+        raise UserError(f"--num_processes={count} must be at least 1")
+    if not 0 <= index < count:
+        raise UserError(f"--process_id={index} must be from 0 to {count - 1}: --num_processes less")
+    if index == 0:
+        try:  # JAX would crash
+            socket.create_server(("", int(address.rpartition(":")[2]))).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--coordinator_address={address}: the port cannot be opened here ({error}): "
+                "choose another in all processes"
+            ) from None
+    return True
+
+
+def _detects_several() -> bool:
+    """Whether JAX knows this cluster, and it runs more than one process of this command."""
+    try:
+        from jax._src.clusters import ClusterEnv  # no public name tells without starting
+
+        for cluster in ClusterEnv._cluster_types:
+            # Most pods belong to no job of several; JAX would look for its package and warn.
+            pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
+            if not cluster.opt_in_only_method and not pod and cluster.is_env_present():
+                return cluster.get_process_count() > 1
+    except Exception as error:
+        logging.warning(
+            "this may be one of several processes, but JAX cannot tell (%s): if so, give each "
+            "--coordinator_address, --num_processes and --process_id; else --num_processes=1",
+            _first_line(error),
+        )
+    return False
+
+
+def _in_time(function: Callable[[], None], seconds: float) -> bool:
+    """Runs function() in a thread; False when it takes longer: it is then left behind."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    return not thread.is_alive()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

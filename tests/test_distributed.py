@@ -1,0 +1,222 @@
+"""Several processes of one run, as real processes that talk over gloo on this machine."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from imgcls.distributed import session
+from imgcls.errors import UserError
+from tests.conftest import FAST_COMPILATION, ROOT, flags_of, small_config
+from tests.test_faults import final_arrays, read_until
+from tests.test_train import EVERYTHING
+
+HEARTBEAT = 5  # seconds
+LONGER = EVERYTHING | {"train__epochs": 10}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(workdir, config, *arguments, devices=1, environment=()) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "main.py"), "--config=configs/digits.py"]
+    command += [f"--workdir={workdir}", f"--heartbeat_timeout={HEARTBEAT}", *arguments]
+    flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags} | dict(environment)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, env=environment, **streams)
+
+
+def start_pair(workdir, config) -> list[subprocess.Popen]:
+    common = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    return [start(workdir, config, *common, f"--process_id={i}") for i in range(2)]
+
+
+def wait_for(*processes) -> tuple[list[int], list[str]]:
+    """The exit codes, and what each printed since it was last read."""
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], printed
+
+
+def finish(*processes) -> list[str]:
+    codes, printed = wait_for(*processes)
+    assert not any(codes), printed
+    return printed
+
+
+def test_two_processes_give_the_result_of_one_with_two_devices(tmp_path):
+    config = small_config(augment__rotate_degrees=0.0, augment__zoom_fraction=0.0)  # compile faster
+    finish(start(tmp_path / "one", config, devices=2))
+    first, second = finish(*start_pair(tmp_path / "two", config))
+    # To the last bit: with two devices there is only one order in which to add.
+    assert final_arrays(tmp_path / "two") == final_arrays(tmp_path / "one")
+    assert "test top1 " in first
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())
+    names = [{path.name.split(".")[0] for path in (tmp_path / n).iterdir()} for n in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_a_peer_that_never_comes(tmp_path):
+    arguments = ["--num_processes=2", "--process_id=0", "--start_timeout=1"]
+    address = f"localhost:{free_port()}"
+    (code,), (printed,) = wait_for(
+        start(tmp_path, small_config(), f"--coordinator_address={address}", *arguments)
+    )
+    assert code == 2
+    expected = f"error: not all processes of this run met at --coordinator_address={address} "
+    assert printed.splitlines()[-1].startswith(expected)
+    assert "Traceback" not in printed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "address, count, index, named",
+    [
+        ("localhost:1", 2, None, "--process_id is missing"),
+        ("localhost:1", None, 0, "--num_processes is missing"),
+        (None, 2, 0, "--coordinator_address is missing"),
+        ("localhost", 2, 0, "--coordinator_address=localhost must be host:port"),
+        ("localhost:1", 0, 0, "--num_processes=0"),
+        ("localhost:1", 2, 2, "--process_id=2"),
+        ("localhost:1", 2, -1, "--process_id=-1"),
+    ],
+)
+def test_flags_that_do_not_fit_together(address, count, index, named):
+    with pytest.raises(UserError, match=named):
+        session(address, count, index, start_timeout=1, heartbeat_timeout=1).__enter__()
+
+
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("", 0)) as listener:
+        address = f"localhost:{listener.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--coordinator_address={address}: the port"):
+            session(address, 2, 0, start_timeout=1, heartbeat_timeout=1).__enter__()
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1"}, {"SLURM_STEP_NODELIST": "a"}])
+def test_one_process_needs_no_flags_and_no_cluster(monkeypatch, environment):
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_STEP_NODELIST": "localhost"} if "SLURM_NTASKS" in environment else {}
+    for name, value in (slurm | environment).items():
+        monkeypatch.setenv(name, value)
+    with session(None, None, None, start_timeout=1, heartbeat_timeout=1):
+        import jax
+
+        assert not jax.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("pair")
+    finish(*start_pair(workdir, small_config(**LONGER)))
+    return final_arrays(workdir)
+
+
+@pytest.mark.slow
+def test_with_everything_on_too(undisturbed, tmp_path):
+    finish(start(tmp_path, small_config(**LONGER), devices=2))
+    assert final_arrays(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sent, told, code",
+    [(signal.SIGTERM, [1], 143), (signal.SIGINT, [0], 130), (signal.SIGTERM, [0, 1], 143)],
+    ids=["SIGTERM-second", "SIGINT-first", "SIGTERM-both"],
+)
+def test_a_signal_to_any_stops_all_at_the_same_step(undisturbed, tmp_path, sent, told, code):
+    pair = start_pair(tmp_path, small_config(**LONGER))
+    read_until(pair[0], "step 21 ")
+    for i in told:
+        pair[i].send_signal(sent)
+    codes, printed = wait_for(*pair)
+    assert codes == [code, code], printed
+    last = {text.splitlines()[-1] for text in printed}
+    assert len(last) == 1
+    stopped = re.fullmatch(rf"stopped by {sent.name}: step (\d+) is saved; .*", last.pop())
+    first, _ = finish(*start_pair(tmp_path, small_config(**LONGER)))
+    assert f"resumed at step {stopped[1]} of 50" in first
+    assert final_arrays(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_ends_the_others_and_they_resume(undisturbed, tmp_path, victim):
+    pair = start_pair(tmp_path, small_config(**LONGER))
+    read_until(pair[0], "step 21 ")
+    pair[victim].kill()
+    survivor = pair[1 - victim]
+    try:
+        survivor.wait(HEARTBEAT + 10)
+        assert survivor.returncode != 0
+    finally:
+        wait_for(*pair)
+    first, _ = finish(*start_pair(tmp_path, small_config(**LONGER)))
+    assert "resumed at step" in first
+    assert final_arrays(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_peer_that_falls_silent_ends_the_others(tmp_path):
+    pair = start_pair(tmp_path, small_config(**LONGER))
+    read_until(pair[0], "step 3 ")
+    pair[1].send_signal(signal.SIGSTOP)
+    try:
+        assert pair[0].wait(HEARTBEAT + 10) != 0
+    finally:
+        pair[1].kill()
+        wait_for(*pair)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_once_for_all(undisturbed, tmp_path):
+    config = small_config(**LONGER)
+    pair = start_pair(tmp_path, config)
+    read_until(pair[0], "step 21 ")
+    pair[0].terminate()
+    wait_for(*pair)
+    checkpoints = tmp_path / "checkpoints"
+    latest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    largest = max(
+        (path for path in (checkpoints / str(latest) / "state").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    first, _ = finish(*start_pair(tmp_path, config))
+    assert f"renamed to damaged-{latest}" in first
+    assert (checkpoints / f"damaged-{latest}").exists()
+    assert final_arrays(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_slurm_job_find_each_other(tmp_path):
+    pair = [
+        start(
+            tmp_path,
+            small_config(),
+            environment={
+                "SLURM_JOB_ID": "1",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(i),
+                "SLURM_LOCALID": str(i),
+                "JAX_COORDINATOR_PORT": port,
+            }.items(),
+        )
+        for port in [str(free_port())]
+        for i in range(2)
+    ]
+    first, _ = finish(*pair)
+    assert ", 2 x cpu (" in first
