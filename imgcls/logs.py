@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from imgcls.events import EventWriter
+
 
 def say(text: str) -> None:
     """Prints a line; a reader that closed its end (`| head -1`) ends the output, not the run."""
@@ -85,14 +87,11 @@ class MetricWriter:
     """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on."""
 
     def __init__(self, workdir: Path, *, start_step: int):
-        # Loading it takes a quarter of a second, which commands that do not train need not spend.
-        from tensorboardX import SummaryWriter
-
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             self._cut(start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+        self._events = EventWriter(workdir, start_step=start_step + 1)
 
     def _cut(self, step: int) -> None:
         """Removes a torn last line, and lines past the restored step: they will come again."""
@@ -110,11 +109,11 @@ class MetricWriter:
         self._file.flush()
         for key, value in row.items():
             if isinstance(value, float):
-                self._events.add_scalar(f"{row['split']}/{key}", value, row["step"])
+                self._events.scalar(f"{row['split']}/{key}", value, row["step"])
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """image: uint8[H, W, 3]."""
-        self._events.add_image(tag, image, step, dataformats="HWC")
+        self._events.image(tag, image, step)
 
     def close(self) -> None:
         self._file.close()

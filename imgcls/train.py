@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgcls import backend, experiment
+from imgcls import backend, experiment, stopping
 from imgcls.checkpoint import Checkpoints
 from imgcls.classifier import Classifier, state_target
 from imgcls.data import TrainOrder, eval_order
@@ -43,11 +43,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if checkpoints.steps():
             experiment.check_resumable(read_json(workdir / "config.json"), config, workdir)
         run = _Run(config, workdir, checkpoints, stop)
-        results = workdir / "results.json"
-        if run.step == run.total_steps and results.exists():
-            say(f"already finished, nothing to do: see {results}")
+        report = workdir / "report.html"  # written last
+        if run.step == run.total_steps and report.exists():
+            say(f"already finished, nothing to do: see {workdir / 'results.json'}")
             return run.state
         try:
+            report.unlink(missing_ok=True)  # that of fewer epochs
             write_json(workdir / "config.json", experiment.to_json(config))
             run.train()
             run.test()
@@ -69,7 +70,8 @@ class _Run:
         self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
         self.started = time.perf_counter()
         names = ["train", "test", *(["validation"] if config.data.validation else [])]
-        self.splits = dict(zip(names, experiment.open_splits(config, *names)))
+        opened = interruptibly(lambda: experiment.open_splits(config, *names))
+        self.splits = dict(zip(names, opened))
         self.class_names = self.splits["train"].class_names
         self.order = TrainOrder(
             len(self.splits["train"]), batch_size=config.train.batch_size, seed=config.seed
@@ -82,7 +84,9 @@ class _Run:
         self.rng = jax.jit(
             partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
         )()
+        stopping.poll()
         self._restore_or_create()
+        stopping.poll()
 
     def _describe_data(self) -> None:
         c = self.config
@@ -204,9 +208,7 @@ class _Run:
             images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
             np.save(self.workdir / SAMPLES, images)
             self.writer.image("train/augmented", image_grid(images), 0)
-        self.stop.defer()
-        if self.stop.requested is not None:  # Python drops what is raised inside a finaliser
-            raise self.stop.stopped("nothing to save yet")
+        stopping.poll()
         self.clock = time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:

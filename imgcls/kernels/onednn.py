@@ -19,7 +19,7 @@ DTYPES = {"float32": 3, "bfloat16": 2}
 SRC, DST, WEIGHTS, SCRATCHPAD = 1, 17, 33, 80
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136
-UNIMPLEMENTED = 3
+OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
 ALLOCATE = C.c_void_p(-1)
 
 # The arrays of each kind of computation, operands before the result, and oneDNN's number for each.
@@ -174,6 +174,8 @@ def _int64s(values: Iterable[int]) -> C.Array:
 def _check(status: int) -> None:
     if status == UNIMPLEMENTED:
         raise NotImplementedError("oneDNN has no such operation on this CPU")
+    if status == OUT_OF_MEMORY:
+        raise MemoryError("oneDNN is out of memory")
     if status:
         raise RuntimeError(f"oneDNN failed with status {status} of dnnl_status_t")
 
