@@ -1,6 +1,5 @@
 """The training loop: wires data, model and steps together, logs, validates, saves and resumes."""
 
-import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -103,25 +102,29 @@ class _Run:
     def _restore_or_create(self) -> None:
         """The model, the state, and `meta`: what is saved beside it, in JSON types."""
         c, checkpoints = self.config, self.checkpoints
+        kernels = backend.choose_cpu_kernels(c)
         self.meta: dict[str, Any] = {
             "class_names": list(self.class_names),
             "train_examples": len(self.splits["train"]),
-            "cpu_kernels": backend.choose_cpu_kernels(c),
+            "cpu_kernels": kernels,
+            "bits": backend.decides_bits(cpu_kernels=kernels),
             "validated_step": 0,
             "seconds": 0.0,  # since the first start, all sessions together
             "train_seconds": 0.0,  # of them, in training steps
             "sums": None,  # of the log window that the save interrupted
             "bad_steps": [],
         }
-        self.model = experiment.build_model(
-            c, len(self.class_names), cpu_kernels=self.meta["cpu_kernels"]
-        )
+        build = partial(experiment.build_model, c, len(self.class_names))
+        self.model = build(cpu_kernels=kernels)
         self.saved_step = -1
         if checkpoints.steps():
             target = state_target(c, self.model)
             self.state, saved = checkpoints.restore_latest(target)
             self._check_same_data(saved)
-            self.meta = saved | {"cpu_kernels": self._same_kernels(saved["cpu_kernels"])}
+            kernels = kernels and saved["cpu_kernels"]
+            bits = backend.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
+            self.meta = saved | {"cpu_kernels": kernels, "bits": bits}
+            self.model = build(cpu_kernels=kernels)
             self.saved_step = int(self.state.step)
         else:
             create = partial(
@@ -150,15 +153,6 @@ class _Run:
                     f"the data changed since {self.workdir} was started ({key}: {saved[key]} then, "
                     f"{self.meta[key]} now): restore it, or use another --workdir"
                 )
-
-    def _same_kernels(self, saved: bool) -> bool:
-        """A run goes on with the convolutions that it began with: they decide its last bits."""
-        chosen = self.meta["cpu_kernels"]
-        if saved and not chosen:
-            logging.warning("this run began with oneDNN convolutions: its last bits will differ")
-        if chosen and not saved:
-            self.model = experiment.build_model(self.config, len(self.class_names))
-        return saved and chosen
 
     def _compile(self) -> None:
         c, options = self.config, {"compiler_options": backend.compiler_options()}

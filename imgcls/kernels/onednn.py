@@ -98,6 +98,19 @@ class _Runtime:
 
 
 _runtime = functools.cache(_Runtime)
+_threads: int | None = None
+
+
+def use_threads(number: int) -> None:
+    """Sets the number of OpenMP threads of what is built from now on."""
+    global _threads
+    _threads = number
+
+
+def _set_threads() -> None:
+    """OpenMP keeps the number for each calling thread, and XLA calls from many."""
+    if _threads is not None:
+        _runtime().quick.omp_set_num_threads(_threads)
 
 
 def identity() -> dict[str, str | int]:
@@ -106,7 +119,7 @@ def identity() -> dict[str, str | int]:
     return {
         "onednn": ".".join(map(str, library.dnnl_version()[:3])),
         "onednn_isa": hex(library.dnnl_get_effective_cpu_isa()),
-        "openmp_threads": library.omp_get_max_threads(),
+        "openmp_threads": _threads or library.omp_get_max_threads(),
     }
 
 
@@ -119,6 +132,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
         NotImplementedError: oneDNN cannot compute this on this CPU.
     """
     rt = _runtime()
+    _set_threads()
     x, y = (rt.layout(shape, NHWC, conv.dtype) for shape in (conv.x, conv.y))
     w = rt.layout(conv.w, HWIO, conv.result(kind)[1])
     memory = {"x": rt.memory(x), "w": rt.memory(w), "y": rt.memory(y)}
@@ -140,6 +154,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
 
     def run(*addresses: int) -> None:
         with rt.lock:
+            _set_threads()
             for array, address in zip(arrays, addresses, strict=True):
                 _check(rt.quick.dnnl_memory_set_data_handle(array, C.c_void_p(address)))
             for step in steps:
