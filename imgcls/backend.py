@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from imgcls.errors import CheckpointError
+
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
 
@@ -75,6 +77,7 @@ def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:
         "jaxlib": importlib.metadata.version("jaxlib"),
         "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
         "cpu_kernels": cpu_kernels,
+        "prng": jax.config.jax_default_prng_impl,
     }
     if device.platform == "cpu":
         decides["cpu_cores"] = len(os.sched_getaffinity(0))  # XLA has a thread for each
@@ -94,12 +97,20 @@ def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
 
     Returns:
         `decides_bits` of this session.
+
+    Raises:
+        CheckpointError: random numbers would be those of another generator.
     """
     if cpu_kernels and "openmp_threads" in saved:
         from imgcls import kernels
 
         kernels.use_threads(saved["openmp_threads"])
     now = decides_bits(cpu_kernels=cpu_kernels)
+    if saved.get("prng", now["prng"]) != now["prng"]:
+        raise CheckpointError(
+            f"this run draws its random numbers with {saved['prng']}, but JAX is set to "
+            f"{now['prng']}: set JAX_DEFAULT_PRNG_IMPL={saved['prng']}"
+        )
     other = [f"{k} was {v}, is {now.get(k)}" for k, v in saved.items() if v != now.get(k)]
     if other:
         logging.warning(

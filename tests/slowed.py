@@ -1,12 +1,8 @@
-"""main.py, but slow where a test sends its signal: `python slowed.py WHERE FLAGS...`."""
+"""main.py, but slow where a test sends its signal: `python -m tests.slowed WHERE FLAGS...`."""
 
 import runpy
 import sys
 import time
-from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 from imgcls import stopping
 from imgcls.checkpoint import Checkpoints
@@ -35,4 +31,4 @@ elif where == "evaluation":
     slow_down(Classifier, "logits", 2)
 elif where == "a disk that hangs":
     slow_down(Checkpoints, "wait", 600, lambda: stopping._active.requested is not None)
-runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+runpy.run_path("main.py", run_name="__main__")

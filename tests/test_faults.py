@@ -118,7 +118,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
     config = small_config(**LONGER)
 
     def stop(where, *signals):
-        process = start(tmp_path, config, ("tests/slowed.py", where))
+        process = start(tmp_path, config, ("-m", "tests.slowed", where))
         read_until(process, f"now: {where}" if len(signals) == 1 else "training:")
         process.send_signal(signals[0])
         if len(signals) > 1:
@@ -145,8 +145,9 @@ def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
 def test_a_signal_while_a_dataset_is_being_prepared(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes requests and never answers
         silent.settimeout(100)
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
         for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-            monkeypatch.setenv(variable, "http://127.0.0.1:%d" % silent.getsockname()[1])
+            monkeypatch.setenv(variable, proxy)
         mnist = small_config(data__name="mnist", data__dir=str(tmp_path / "data"))
         process = start(tmp_path / "run", mnist)
         with silent.accept()[0]:
