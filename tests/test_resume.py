@@ -9,8 +9,9 @@ import pytest
 
 from imgcls import backend, classifier, kernels, train
 from imgcls.errors import CheckpointError, Stopped
+from imgcls.events import EventWriter
 from imgcls.kernels import onednn
-from imgcls.logs import read_metrics
+from imgcls.logs import MetricWriter, read_metrics
 from imgcls.train import _Run, train_and_evaluate
 from tests.conftest import small_config
 from tests.test_train import EVERYTHING, stop_after
@@ -143,3 +144,37 @@ def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch, 
     thread.start()
     thread.join()
     assert used == [others]
+
+
+def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
+    rows = [{"step": step, "split": "train", "loss": 1.0} for step in (3, 5, 6)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "spl')
+    writer = MetricWriter(tmp_path, start_step=5)
+    writer.write(rows[2] | {"loss": 2.0})
+    writer.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *rows[:2],
+        rows[2] | {"loss": 2.0},
+    ]
+
+
+def test_events_say_what_was_logged_and_from_which_step_on_it_counts(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    writer = EventWriter(tmp_path, start_step=6)
+    writer.scalar("train/loss", 0.5, 7)
+    writer.image("train/augmented", np.zeros((4, 4, 3), np.uint8), 0)
+    writer.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12:end]))
+        content = content[end + 4 :]
+    version, start, loss, image = events
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 6 and start.session_log.status == SessionLog.START
+    assert (loss.step, loss.summary.value[0].tag) == (7, "train/loss")
+    assert loss.summary.value[0].simple_value == 0.5
+    assert image.summary.value[0].image.height == 4
