@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from ml_collections import ConfigDict
 
 from imgcls.errors import CheckpointError
@@ -68,6 +69,20 @@ def choose_cpu_kernels(config: ConfigDict) -> bool:
     if reason:
         logging.info("convolutions run on plain XLA: %s", reason)
     return not reason
+
+
+def check_memory(compiled: jax.stages.Compiled) -> None:
+    """Raises MemoryError where a program for the CPU needs more than is free.
+
+    There XLA would wait for ever, or Linux end the process without a word; accelerators tell.
+    """
+    needs = compiled.memory_analysis()
+    if jax.default_backend() != "cpu" or needs is None:
+        return
+    needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
 
 
 def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:

@@ -135,7 +135,9 @@ class _Run:
             )
             images = self.splits["train"].read(self.order[0])["image"]
             sample = experiment.build_preprocess(c)(images)
-            create = jax.jit(create, out_shardings=replicated(self.mesh))
+            create = jax.jit(create, out_shardings=replicated(self.mesh)).lower(self.rng, sample)
+            create = interruptibly(create.compile)
+            backend.check_memory(create)
             self.state = interruptibly(lambda: create(self.rng, sample))
         self.step = int(self.state.step)
         self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
@@ -181,6 +183,7 @@ class _Run:
         say("compiling ...")
         started = time.perf_counter()
         interruptibly(compile_both)
+        backend.check_memory(self.train_step)
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
     def _train_batch(self) -> dict[str, jax.Array]:
