@@ -1,16 +1,22 @@
 """What this machine's JAX is told, and what decides speed and bits on it."""
 
+import contextlib
 import functools
 import glob
+import importlib.metadata
 import logging
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from ml_collections import ConfigDict
+
+from imgcls.errors import CheckpointError
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
@@ -65,17 +71,88 @@ def choose_cpu_kernels(config: ConfigDict) -> bool:
     return not reason
 
 
+def check_memory(compiled: jax.stages.Compiled) -> None:
+    """Raises MemoryError where a program for the CPU needs more than is free.
+
+    There XLA would wait for ever, or Linux end the process without a word; accelerators tell.
+    """
+    needs = compiled.memory_analysis()
+    if jax.default_backend() != "cpu" or needs is None:
+        return
+    needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+
+
+def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:
+    """What decides the last bits of a run, beside its config, its data and this code."""
+    device = jax.devices()[0]
+    decides = {
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
+        "cpu_kernels": cpu_kernels,
+        "prng": jax.config.jax_default_prng_impl,
+    }
+    if device.platform == "cpu":
+        decides["cpu_cores"] = len(os.sched_getaffinity(0))  # XLA has a thread for each
+    if cpu_kernels:
+        from imgcls import kernels
+
+        decides |= kernels.identity()
+    return decides
+
+
+def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
+    """Takes up what a run began with, as far as it can be chosen; warns of the rest.
+
+    Args:
+        saved: `decides_bits` of the session that saved the checkpoint.
+        cpu_kernels: of this session.
+
+    Returns:
+        `decides_bits` of this session.
+
+    Raises:
+        CheckpointError: random numbers would be those of another generator.
+    """
+    if cpu_kernels and "openmp_threads" in saved:
+        from imgcls import kernels
+
+        kernels.use_threads(saved["openmp_threads"])
+    now = decides_bits(cpu_kernels=cpu_kernels)
+    if saved.get("prng", now["prng"]) != now["prng"]:
+        raise CheckpointError(
+            f"this run draws its random numbers with {saved['prng']}, but JAX is set to "
+            f"{now['prng']}: set JAX_DEFAULT_PRNG_IMPL={saved['prng']}"
+        )
+    other = [f"{k} was {v}, is {now.get(k)}" for k, v in saved.items() if v != now.get(k)]
+    if other:
+        logging.warning(
+            "the run goes on, but its last bits will differ from those of one never stopped: %s",
+            "; ".join(other),
+        )
+    return now
+
+
+def _cpu_model() -> str | None:
+    """Such as "AMD EPYC 9R14"; None on an accelerator, and where Linux does not tell."""
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(OSError):
+            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+            return found and found[1]
+    return None
+
+
 @functools.cache  # the commit is that of the code which runs, whatever is checked out later
 def describe() -> dict[str, Any]:
     """The device, the versions and the commit behind a number."""
-    from importlib.metadata import version
-
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{os.cpu_count()} CPU cores"
     return {
         "device": f"{jax.device_count()} x {device.platform} ({kind})",
-        "versions": {name: version(name) for name in names},
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "git_commit": _git_commit(),
     }
 

@@ -13,10 +13,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from imgcls.errors import ImgclsError, UserError
+from imgcls.errors import ImgclsError, UserError, out_of_memory
 from imgcls.logs import say
 
 flags.DEFINE_boolean("debug", False, "Show the traceback of errors that have a one-line message.")
@@ -45,29 +46,41 @@ def run(main: Callable[[list[str]], None], *, usage: str, positional: bool = Fal
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Orbax warns of what is meant here, and prints the traceback of errors that become ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if "--debug" not in sys.argv:
+        sys.unraisablehook = _except_tensorstore
     code = 0
     try:
         arguments = _parse(usage)
         if arguments and not positional:
             raise UserError(f"unexpected argument {arguments[0]!r}: flags are --name=value")
         main(arguments)
-    except ImgclsError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        print(f"error: {error}" if error.exit_code < 128 else error, file=sys.stderr)
-        code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
         code = error.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        known = error if isinstance(error, ImgclsError) else out_of_memory(error)
+        if known is None or "--debug" in sys.argv:
+            traceback.print_exc()
+        if known is not None:
+            print(f"error: {known}" if known.exit_code < 128 else known, file=sys.stderr)
+        code = 1 if known is None else known.exit_code
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe
             stream.flush()
     # Not sys.exit: a compilation or a save left behind in a thread must not hold the process.
     os._exit(code)
+
+
+def _except_tensorstore(unraisable: Any) -> None:
+    """In place of sys.unraisablehook: silent where orbax's C++ threads report a failed save.
+
+    They do so for each array, to an event loop that is closed by then. The failure itself is
+    raised in the main thread.
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(usage: str) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from imgcls import stopping
 from imgcls.errors import BadExampleError, UserError
 from imgcls.logs import progress
 from imgcls.sources import Source
@@ -193,6 +194,7 @@ def _decode(
     def decode(start: int) -> list[tuple[int, str]]:
         bad = []
         for i, example in _examples(source, range(start, min(start + CHUNK, len(source)))):
+            stopping.poll()
             if isinstance(example, BadExampleError):
                 bad.append((i, str(example)))
                 continue

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from imgcls.distributed import is_main
+from imgcls.events import EventWriter
 
 
 def say(text: str) -> None:
@@ -97,16 +98,14 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, start_step: int):
-        # Loading it takes a quarter of a second, which commands that do not train need not spend.
-        from tensorboardX import SummaryWriter
-
-        self._path = workdir / "metrics.jsonl" if is_main() else Path(os.devnull)
-        if self._path.is_file():
+        self._writes = is_main()
+        if not self._writes:
+            return
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():
             self._cut(start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(workdir), purge_step=start_step + 1, flush_secs=10, write_to_disk=is_main()
-        )
+        self._events = EventWriter(workdir, start_step=start_step + 1)
 
     def _cut(self, step: int) -> None:
         """Removes a torn last line, and lines past the restored step: they will come again."""
@@ -117,6 +116,8 @@ class MetricWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """One line; NaN and infinity, which JSON lacks, become null."""
+        if not self._writes:
+            return
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -124,15 +125,16 @@ class MetricWriter:
         self._file.flush()
         for key, value in row.items():
             if isinstance(value, float):
-                self._events.add_scalar(f"{row['split']}/{key}", value, row["step"])
+                self._events.scalar(f"{row['split']}/{key}", value, row["step"])
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """image: uint8[H, W, 3]."""
-        self._events.add_image(tag, image, step, dataformats="HWC")
+        self._events.image(tag, image, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:

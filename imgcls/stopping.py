@@ -10,35 +10,49 @@ from imgcls.errors import Stopped
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
+_active: "StopSignal | None" = None  # signals are the process's, so there is one
+
 
 class StopSignal:
     """Installed as a context manager around a run, in the main thread.
 
-    Until `defer` is called there is nothing to save, and the first signal raises `Stopped` wherever
-    the main thread is. Afterwards it sets `requested`, and the loop saves before it leaves.
+    A signal sets `requested` and nothing else: the loop looks at it, saves, and leaves. Python
+    drops what a handler raises inside a finaliser, so that raising there would lose signals.
     """
 
     def __init__(self):
         self.requested: int | None = None
-        self._deferred = False
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._handle) for s in EXIT_CODES}
+        global _active
+        _active = self
+        self._before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+        # Python calls handlers between two bytecodes of the main thread, which may be long in
+        # compiled code; the number of each signal arrives in this pipe at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        global _active
+        _active = None
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._writer)  # ends the thread
 
-    def defer(self) -> None:
-        self._deferred = True
+    def _watch(self, reader: int) -> None:
+        while numbers := os.read(reader, 1):
+            if numbers[0] in EXIT_CODES:
+                self._handle(numbers[0])
+        os.close(reader)
 
-    def _handle(self, number: int, _frame) -> None:
+    def _handle(self, number: int) -> None:
         if self.requested is not None:
             os._exit(EXIT_CODES[number])
         self.requested = number
-        if not self._deferred:
-            raise self.stopped("nothing to save yet")
 
     def stopped(self, text: str) -> Stopped:
         error = Stopped(f"stopped by {signal.Signals(self.requested).name}: {text}")
@@ -46,11 +60,17 @@ class StopSignal:
         return error
 
 
-def interruptibly(function: Callable[[], Any]) -> Any:
-    """function(), in a thread: signals reach the main thread meanwhile.
+def poll() -> None:
+    """Raises Stopped where a signal came before there was anything to save. From any thread."""
+    if _active is not None and _active.requested is not None:
+        raise _active.stopped("nothing to save yet")
 
-    For compilations, which may hold the main thread for minutes. A thread left behind by a signal
-    dies with the process.
+
+def interruptibly(function: Callable[[], Any]) -> Any:
+    """function(), in a thread, left within two seconds of a signal.
+
+    For compilations and other long work of the start. It may `poll` itself, to clean up; a thread
+    that is left behind dies with the process.
     """
     outcome: dict[str, Any] = {}
 
@@ -64,6 +84,11 @@ def interruptibly(function: Callable[[], Any]) -> Any:
     thread.start()
     while thread.is_alive():
         thread.join(0.1)
+        try:
+            poll()
+        except Stopped:
+            thread.join(2)
+            raise
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]

@@ -1,6 +1,5 @@
 """The training loop: wires data, model and steps together, logs, validates, saves and resumes."""
 
-import logging
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgcls import backend, experiment
+from imgcls import backend, experiment, stopping
 from imgcls.checkpoint import Checkpoints
 from imgcls.classifier import Classifier, state_target
 from imgcls.data import TrainOrder, eval_order
@@ -44,11 +43,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if checkpoints.steps():
             experiment.check_resumable(read_json(workdir / "config.json"), config, workdir)
         run = _Run(config, workdir, checkpoints, stop)
-        results = workdir / "results.json"
-        if run.step == run.total_steps and results.exists():
-            say(f"already finished, nothing to do: see {results}")
+        report = workdir / "report.html"  # written last
+        if run.step == run.total_steps and report.exists():
+            say(f"already finished, nothing to do: see {workdir / 'results.json'}")
             return run.state
         try:
+            report.unlink(missing_ok=True)  # that of fewer epochs
             write_json(workdir / "config.json", experiment.to_json(config))
             run.train()
             run.test()
@@ -70,7 +70,8 @@ class _Run:
         self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
         self.started = time.perf_counter()
         names = ["train", "test", *(["validation"] if config.data.validation else [])]
-        self.splits = dict(zip(names, experiment.open_splits(config, *names)))
+        opened = interruptibly(lambda: experiment.open_splits(config, *names))
+        self.splits = dict(zip(names, opened))
         self.class_names = self.splits["train"].class_names
         self.order = TrainOrder(
             len(self.splits["train"]), batch_size=config.train.batch_size, seed=config.seed
@@ -85,7 +86,9 @@ class _Run:
         self.rng = jax.jit(
             partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
         )()
+        stopping.poll()
         self._restore_or_create()
+        stopping.poll()
 
     def _describe_data(self) -> None:
         c = self.config
@@ -102,25 +105,29 @@ class _Run:
     def _restore_or_create(self) -> None:
         """The model, the state, and `meta`: what is saved beside it, in JSON types."""
         c, checkpoints = self.config, self.checkpoints
+        kernels = backend.choose_cpu_kernels(c)
         self.meta: dict[str, Any] = {
             "class_names": list(self.class_names),
             "train_examples": len(self.splits["train"]),
-            "cpu_kernels": backend.choose_cpu_kernels(c),
+            "cpu_kernels": kernels,
+            "bits": backend.decides_bits(cpu_kernels=kernels),
             "validated_step": 0,
             "seconds": 0.0,  # since the first start, all sessions together
             "train_seconds": 0.0,  # of them, in training steps
             "sums": None,  # of the log window that the save interrupted
             "bad_steps": [],
         }
-        self.model = experiment.build_model(
-            c, len(self.class_names), cpu_kernels=self.meta["cpu_kernels"]
-        )
+        build = partial(experiment.build_model, c, len(self.class_names))
+        self.model = build(cpu_kernels=kernels)
         self.saved_step = -1
         if checkpoints.steps():
             target = state_target(c, self.model)
             self.state, saved = checkpoints.restore_latest(target)
             self._check_same_data(saved)
-            self.meta = saved | {"cpu_kernels": self._same_kernels(saved["cpu_kernels"])}
+            kernels = kernels and saved["cpu_kernels"]
+            bits = backend.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
+            self.meta = saved | {"cpu_kernels": kernels, "bits": bits}
+            self.model = build(cpu_kernels=kernels)
             self.saved_step = int(self.state.step)
         else:
             create = partial(
@@ -131,7 +138,9 @@ class _Run:
             )
             images = self.splits["train"].read(self.order[0])["image"]
             sample = experiment.build_preprocess(c)(images)
-            create = jax.jit(create, out_shardings=replicated(self.mesh))
+            create = jax.jit(create, out_shardings=replicated(self.mesh)).lower(self.rng, sample)
+            create = interruptibly(create.compile)
+            backend.check_memory(create)
             self.state = interruptibly(lambda: create(self.rng, sample))
         self.step = int(self.state.step)
         self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
@@ -149,15 +158,6 @@ class _Run:
                     f"the data changed since {self.workdir} was started ({key}: {saved[key]} then, "
                     f"{self.meta[key]} now): restore it, or use another --workdir"
                 )
-
-    def _same_kernels(self, saved: bool) -> bool:
-        """A run goes on with the convolutions that it began with: they decide its last bits."""
-        chosen = self.meta["cpu_kernels"]
-        if saved and not chosen:
-            logging.warning("this run began with oneDNN convolutions: its last bits will differ")
-        if chosen and not saved:
-            self.model = experiment.build_model(self.config, len(self.class_names))
-        return saved and chosen
 
     def _compile(self) -> None:
         c, options = self.config, {"compiler_options": backend.compiler_options()}
@@ -191,6 +191,8 @@ class _Run:
         say("compiling ...")
         started = time.perf_counter()
         interruptibly(compile_all)
+        for program in self.train_steps.values():
+            backend.check_memory(program)
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
     def _train_batch(self) -> dict[str, jax.Array]:
@@ -212,9 +214,7 @@ class _Run:
             images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
             np.save(self.workdir / SAMPLES, images)
             self.writer.image("train/augmented", image_grid(images), 0)
-        self.stop.defer()
-        if self.stop.requested is not None:  # Python drops what is raised inside a finaliser
-            raise self.stop.stopped("nothing to save yet")
+        stopping.poll()
         self.clock = time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:

@@ -1,13 +1,20 @@
 """What was saved is what is restored, or the user is told; never something else."""
 
+import subprocess
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imgcls import experiment
 from imgcls.checkpoint import Checkpoints
+from imgcls.classifier import state_target
 from imgcls.errors import CheckpointError
 from imgcls.sharding import make_mesh, replicated
+from tests.conftest import ROOT, small_config
 
 STATE = {
     "kernel": jnp.arange(2000.0).reshape(40, 50),
@@ -162,3 +169,71 @@ def test_what_cannot_be_found_is_said(tmp_path):
         checkpoints.find("best")
     with pytest.raises(CheckpointError, match=r"no checkpoint 9: there are \[1\]"):
         checkpoints.find("9")
+
+
+VARIANTS = {
+    "classes": ({}, 11, r"params.Dense_1.bias was saved as float32\[10\], expected is \w+\[11\]"),
+    "widths": ({"model__dense_widths": (17,)}, 10, r"saved as float32\[16\], expected .*\[17\]"),
+    "average": ({"optim__ema_decay": 0.0}, 10, r"ema_params.* expected is nothing"),
+    "optimizer": ({"optim__name": "sgd"}, 10, r"opt_state.* expected is nothing"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_state_of_another_model_is_refused(variant, tmp_path):
+    def state_of(classes=10, **changed):
+        config = small_config(**changed)
+        return state_target(config, experiment.build_model(config, classes))
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_of()), {})
+    checkpoints.wait()
+    checkpoints.restore_latest(state_of())
+    changed, classes, message = VARIANTS[variant]
+    for restore in (checkpoints.restore_latest, lambda target: checkpoints.restore("1", target)):
+        with pytest.raises(CheckpointError, match=message) as error:
+            restore(state_of(classes, **changed))
+        assert error.value.exit_code == 4
+
+
+SAVER = """
+import sys
+from pathlib import Path
+import numpy as np
+from imgcls.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]))
+for step in range((checkpoints.steps() or [0])[-1] + 1, 10**6):
+    checkpoints.save(step, {"x": np.random.default_rng(step).random(10**7, np.float32)}, {})
+"""
+
+
+def kill_while_saving(directory, kills):
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", SAVER, directory], cwd=ROOT)
+        newest = lambda: max([int(p.name) for p in directory.glob("*") if p.name.isdigit()] + [0])
+        before = newest()
+        while process.poll() is None:
+            time.sleep(0.002)
+            if newest() > before and list(directory.glob("*-tmp*/**/d/*")):
+                process.kill()  # one save is done, and a file of the next one has begun
+                break
+        process.wait()
+        assert list(directory.glob("*.orbax-checkpoint-tmp*")), "it was not killed while writing"
+        step = newest()
+        checkpoints = Checkpoints(directory)
+        assert not list(directory.glob("*tmp*"))
+        state, _ = checkpoints.restore_latest(target({"x": np.zeros(10**7, np.float32)}))
+        np.testing.assert_array_equal(
+            state["x"], np.random.default_rng(step).random(10**7, np.float32)
+        )
+        assert not list(directory.glob("damaged*"))
+        checkpoints.close()
+
+
+def test_killed_while_it_is_being_written_the_one_before_is_used(tmp_path):
+    kill_while_saving(tmp_path, kills=2)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_while_it_is_being_written(tmp_path):
+    kill_while_saving(tmp_path, kills=10)

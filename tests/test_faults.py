@@ -5,8 +5,11 @@ A run that was killed and started again ends bit for bit where the run that was 
 
 import json
 import random
+import re
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 
 from imgcls.logs import read_metrics
+from imgcls.workdir import claim
 from tests.conftest import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
 
@@ -22,8 +26,8 @@ DIGITS = "--config=configs/digits.py"
 LONGER = EVERYTHING | {"train__epochs": 20, "train__log_every_steps": 7}
 
 
-def start(workdir, config, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "main.py"), DIGITS, f"--workdir={workdir}"]
+def start(workdir, config, program=("main.py",), **options) -> subprocess.Popen:
+    command = [sys.executable, *program, DIGITS, f"--workdir={workdir}"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
     options |= {"env": as_users()}
     return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, **options)
@@ -57,10 +61,15 @@ def final_arrays(workdir):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     finish(workdir, small_config(**LONGER))
-    return final_arrays(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run):
+    return final_arrays(whole_run)
 
 
 def kill_and_resume(workdir, kills, seed):
@@ -103,6 +112,52 @@ def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
     assert final_arrays(tmp_path) == uninterrupted
 
 
+def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
+    uninterrupted, tmp_path
+):
+    config = small_config(**LONGER)
+
+    def stop(where, *signals):
+        process = start(tmp_path, config, ("-m", "tests.slowed", where))
+        read_until(process, f"now: {where}" if len(signals) == 1 else "training:")
+        process.send_signal(signals[0])
+        if len(signals) > 1:
+            read_until(process, f"now: {where}")
+            process.send_signal(signals[1])
+        printed, _ = process.communicate(timeout=60)
+        assert "Traceback" not in printed
+        return process.returncode, printed
+
+    code, printed = stop("validation", signal.SIGTERM)
+    assert code == 143 and "step 5 is saved" in printed, printed
+    code, printed = stop("save", signal.SIGTERM)
+    assert code == 143 and re.search(r"step [56] is saved", printed), printed
+    # Nothing that hangs holds back the second signal.
+    code, printed = stop("a disk that hangs", signal.SIGTERM, signal.SIGINT)
+    assert code == 130 and "is saved" not in printed, printed
+    code, printed = stop("evaluation", signal.SIGTERM)
+    assert code == 143 and printed.endswith("training is saved; the same command evaluates\n")
+    assert not (tmp_path / "results.json").exists()
+    finish(tmp_path, config)
+    assert final_arrays(tmp_path) == uninterrupted
+
+
+def test_a_signal_while_a_dataset_is_being_prepared(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes requests and never answers
+        silent.settimeout(100)
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(variable, proxy)
+        mnist = small_config(data__name="mnist", data__dir=str(tmp_path / "data"))
+        process = start(tmp_path / "run", mnist)
+        with silent.accept()[0]:
+            process.terminate()
+            printed, _ = process.communicate(timeout=30)  # until the child has closed it, too
+    assert process.returncode == 143, printed
+    assert "preparing mnist" in printed and "Traceback" not in printed
+    assert "stopped by SIGTERM: nothing to save yet" in printed
+
+
 @pytest.mark.parametrize("moment", ["train: 200 examples", "compiling"])
 def test_a_signal_before_the_first_step_says_that_there_is_nothing_to_save(tmp_path, moment):
     process = start(tmp_path, small_config())
@@ -111,6 +166,7 @@ def test_a_signal_before_the_first_step_says_that_there_is_nothing_to_save(tmp_p
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 143, printed
     assert printed.splitlines()[-1] == "stopped by SIGTERM: nothing to save yet"
+    assert "Traceback" not in printed
 
 
 def test_two_runs_in_one_workdir(tmp_path):
@@ -122,7 +178,23 @@ def test_two_runs_in_one_workdir(tmp_path):
     assert first.poll() is None
     first.kill()  # a killed run's lock is free at once
     first.communicate()
-    finish(tmp_path, small_config(**LONGER))
+    with claim(tmp_path):
+        pass
+
+
+def test_only_damaged_checkpoints_are_an_error_of_the_command(whole_run, tmp_path):
+    config = small_config(**LONGER)
+    shutil.copytree(whole_run, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "500").mkdir()
+    ignored = finish(tmp_path / "run", config)
+    assert "already finished" in ignored.stdout
+    assert "500 is damaged or was never finished; renamed to damaged-500" in ignored.stderr
+    for step in checkpoints.glob("[0-9]*"):
+        shutil.rmtree(step / "state")
+    result = run_main(DIGITS, f"--workdir={tmp_path / 'run'}", *flags_of(config))
+    assert result.returncode == 4 and "Traceback" not in result.stderr
+    assert "error: " in result.stderr and "none of the checkpoints" in result.stderr
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupted, tmp_path):
@@ -138,7 +210,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupte
     full = start(tmp_path, config, preexec_fn=few_bytes)
     printed, _ = full.communicate(timeout=60)
     assert full.returncode == 4, printed
-    assert printed.splitlines()[-1].startswith("error: ")
+    assert printed.splitlines()[-1].startswith("error: ") and "Traceback" not in printed
     finish(tmp_path, config)
     assert final_arrays(tmp_path) == uninterrupted
 

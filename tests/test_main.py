@@ -1,12 +1,18 @@
 """The command as its users type it: each mistake costs seconds and gets one line."""
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import jax
 import pytest
 
+from imgcls import cli
 from tests.conftest import ROOT, flags_of, run_main, small_config
+from tests.test_faults import LONGER
 
 DIGITS = "--config=configs/digits.py"
 
@@ -20,13 +26,21 @@ def refused(*arguments, code=2):
     return errors[0]
 
 
-def test_the_command_trains_evaluates_and_says_where_to_look(tmp_path):
-    workdir = tmp_path / "a run, with spaces and ünïcödé"
-    result = run_main(DIGITS, f"--workdir={workdir}", *flags_of(small_config()))
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A directory on another file system than the caches are on, where there is one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
+        yield Path(path)
+
+
+def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
+    workdir = elsewhere / "a run, with spaces and ünïcödé"
+    arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config(**LONGER))]
+    result = run_main(*arguments)
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", last)
-    again = run_main(DIGITS, f"--workdir={workdir}", *flags_of(small_config()))
+    again = run_main(*arguments)
     assert again.returncode == 0 and "already finished" in again.stdout
 
 
@@ -58,6 +72,48 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
     inside = tmp_path / "file" / "run"
     assert f"--workdir={inside}" in refused(DIGITS, f"--workdir={inside}")
     assert "--workdir=/proc/run cannot be used" in refused(DIGITS, "--workdir=/proc/run")
+
+
+def run_in_process(monkeypatch, error):
+    """cli.run of a command that raises `error`: its exit code."""
+    codes = []
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def command(_):
+        raise error
+
+    cli.run(command, usage="")
+    return codes[0]
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 2),
+        (jax.errors.JaxRuntimeError("INTERNAL: imgcls_conv: MemoryError: oneDNN"), 2),
+        (MemoryError(), 2),
+        (jax.errors.JaxRuntimeError("INTERNAL: something else"), 1),
+    ],
+)
+def test_too_little_memory_says_what_to_change(error, code, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, error) == code
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) == (code == 1)
+    if code == 2:
+        (line,) = printed.splitlines()
+        for remedy in ("train.batch_size", "train.accumulate_steps", "eval.batch_size", "model"):
+            assert f"config.{remedy}" in line
+
+
+def test_a_model_too_large_for_the_memory_says_what_to_change(tmp_path):
+    huge = "--config.model.dense_widths=(200000, 200000)"  # 640 GB with the optimizer's
+    arguments = [DIGITS, f"--workdir={tmp_path}", *flags_of(small_config()), huge]
+    result = run_main(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: out of memory (")
+    assert "Traceback" not in result.stderr
 
 
 def test_debug_adds_the_traceback(tmp_path):

@@ -97,7 +97,7 @@ def target(kind: str, conv: Convolution) -> str:
     Its name hashes all that it depends on, so that a program from the persistent compilation cache
     finds the right one in any process.
     """
-    key = f"{kind} {conv} oneDNN {onednn.identity()['onednn']}"
+    key = f"{kind} {conv} {onednn.identity()}"
     name = f"imgcls_conv_{kind}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _registering:
         if name not in _registered:

@@ -19,7 +19,7 @@ DTYPES = {"float32": 3, "bfloat16": 2}
 SRC, DST, WEIGHTS, SCRATCHPAD = 1, 17, 33, 80
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136
-UNIMPLEMENTED = 3
+OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
 ALLOCATE = C.c_void_p(-1)
 
 # The arrays of each kind of computation, operands before the result, and oneDNN's number for each.
@@ -98,6 +98,19 @@ class _Runtime:
 
 
 _runtime = functools.cache(_Runtime)
+_threads: int | None = None
+
+
+def use_threads(number: int) -> None:
+    """Sets the number of OpenMP threads of what is built from now on."""
+    global _threads
+    _threads = number
+
+
+def _set_threads() -> None:
+    """OpenMP keeps the number for each calling thread, and XLA calls from many."""
+    if _threads is not None:
+        _runtime().quick.omp_set_num_threads(_threads)
 
 
 def identity() -> dict[str, str | int]:
@@ -106,7 +119,7 @@ def identity() -> dict[str, str | int]:
     return {
         "onednn": ".".join(map(str, library.dnnl_version()[:3])),
         "onednn_isa": hex(library.dnnl_get_effective_cpu_isa()),
-        "openmp_threads": library.omp_get_max_threads(),
+        "openmp_threads": _threads or library.omp_get_max_threads(),
     }
 
 
@@ -119,6 +132,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
         NotImplementedError: oneDNN cannot compute this on this CPU.
     """
     rt = _runtime()
+    _set_threads()
     x, y = (rt.layout(shape, NHWC, conv.dtype) for shape in (conv.x, conv.y))
     w = rt.layout(conv.w, HWIO, conv.result(kind)[1])
     memory = {"x": rt.memory(x), "w": rt.memory(w), "y": rt.memory(y)}
@@ -140,6 +154,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
 
     def run(*addresses: int) -> None:
         with rt.lock:
+            _set_threads()
             for array, address in zip(arrays, addresses, strict=True):
                 _check(rt.quick.dnnl_memory_set_data_handle(array, C.c_void_p(address)))
             for step in steps:
@@ -174,6 +189,8 @@ def _int64s(values: Iterable[int]) -> C.Array:
 def _check(status: int) -> None:
     if status == UNIMPLEMENTED:
         raise NotImplementedError("oneDNN has no such operation on this CPU")
+    if status == OUT_OF_MEMORY:
+        raise MemoryError("oneDNN is out of memory")
     if status:
         raise RuntimeError(f"oneDNN failed with status {status} of dnnl_status_t")
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
@@ -133,6 +134,8 @@ def _stop(*_: object) -> None:
 def _end_with_parent() -> None:
     sys.stdin.read()  # returns when the parent is gone, however it ended
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    time.sleep(15)  # the main thread may be deep in a library, where it hears no signal
+    os._exit(128 + signal.SIGTERM)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ TensorFlow is never imported here: `imgcls.sources.prepare`, which downloads or 
 with it, is a child process.
 """
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -22,6 +23,7 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.proto import tf_example_pb2
 
 import imgcls
+from imgcls import stopping
 from imgcls.errors import UserError
 from imgcls.sources import SOURCES
 from imgcls.sources.images import DECODER, decode_image
@@ -177,8 +179,11 @@ def _prepare_in_child(name: str, root: Path) -> Path:
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ) as child:
         try:
+            while child.poll() is None:
+                stopping.poll()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(0.1)
             answer = child.stdout.read().strip()
-            child.wait()
         finally:
             child.terminate()
     if child.returncode:

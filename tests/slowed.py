@@ -1,0 +1,34 @@
+"""main.py, but slow where a test sends its signal: `python -m tests.slowed WHERE FLAGS...`."""
+
+import runpy
+import sys
+import time
+
+from imgcls import stopping
+from imgcls.checkpoint import Checkpoints
+from imgcls.classifier import Classifier
+from imgcls.train import _Run
+
+
+def slow_down(owner: type, name: str, seconds: float, when=lambda: True) -> None:
+    function = getattr(owner, name)
+
+    def slowly(*args, **options):
+        if when():
+            print(f"now: {where}", flush=True)
+            time.sleep(seconds)
+        return function(*args, **options)
+
+    setattr(owner, name, slowly)
+
+
+where = sys.argv.pop(1)
+if where == "validation":
+    slow_down(_Run, "_validate", 2)
+elif where == "save":
+    slow_down(Checkpoints, "save", 2)
+elif where == "evaluation":
+    slow_down(Classifier, "logits", 2)
+elif where == "a disk that hangs":
+    slow_down(Checkpoints, "wait", 600, lambda: stopping._active.requested is not None)
+runpy.run_path("main.py", run_name="__main__")

@@ -1,0 +1,181 @@
+"""What a resumed run is given: the same examples in the same order, on what it began with."""
+
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from imgcls import backend, classifier, kernels, train
+from imgcls.errors import CheckpointError, Stopped
+from imgcls.events import EventWriter
+from imgcls.kernels import onednn
+from imgcls.logs import MetricWriter, read_metrics
+from imgcls.train import _Run, train_and_evaluate
+from tests.conftest import small_config
+from tests.test_train import EVERYTHING, stop_after
+
+
+def session(workdir, config, until=None):
+    """One start of a run, stopped after step `until`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if until is None:
+            return train_and_evaluate(config, workdir)
+        stop_after(patch, until)
+        with pytest.raises(Stopped, match=f"step {until} is saved"):
+            train_and_evaluate(config, workdir)
+
+
+@pytest.fixture
+def without_computing(monkeypatch):
+    """In place of the compiled steps: the list of what they were given, (step, images)."""
+    given = []
+
+    def train_step(state, batch, rng):
+        given.append((int(state.step), np.asarray(batch["image"]).tobytes()))
+        metrics = {"loss": 0.0, "correct": 0.0, "count": 40.0, "bad": 0.0}
+        return state.replace(step=state.step + 1), metrics
+
+    def set_steps(run):
+        run.train_step = train_step
+        run.eval_step = lambda state, batch: {"loss": 0.0, "correct": 0.0, "count": 1.0}
+
+    monkeypatch.setattr(_Run, "_compile", set_steps)
+    monkeypatch.setattr(_Run, "test", lambda run: None)
+    return given
+
+
+def test_stopped_at_every_step_a_run_takes_the_same_examples_in_order(without_computing, tmp_path):
+    given, config = without_computing, small_config()
+    session(tmp_path / "whole", config)
+    whole = given.copy()
+    assert [step for step, _ in whole] == list(range(10)) and len(set(whole)) == 10
+    given.clear()
+    for step in range(1, 10):
+        session(tmp_path / "stopped", config, until=step)
+        assert given == whole[:step]
+    session(tmp_path / "stopped", config)
+    assert given == whole
+
+
+def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, monkeypatch):
+    given, read = [], _Run._train_batch
+
+    def record(run):
+        batch = read(run)
+        assert len(batch["image"].sharding.device_set) == devices
+        given.append(np.asarray(batch["image"]).tobytes())
+        return batch
+
+    monkeypatch.setattr(_Run, "_train_batch", record)
+
+    def on(number, workdir, until=None):
+        nonlocal devices
+        devices = number
+        mesh = jax.sharding.Mesh(jax.devices()[:number], ("data",))
+        for module in (train, classifier):
+            monkeypatch.setattr(module, "make_mesh", lambda: mesh)
+        start = len(given)
+        cheap = {"train__accumulate_steps": 1, "augment__rotate_degrees": 0.0}  # to compile
+        session(workdir, small_config(**EVERYTHING | cheap), until)
+        return given[start + 1 :]  # the first batch is only compiled for
+
+    devices = 2
+    whole = on(2, tmp_path / "whole")
+    changing = [batch for n, until in ((2, 3), (1, 7), (2, None))
+                for batch in on(n, tmp_path / "changing", until)]  # fmt: skip
+    assert changing == whole and len(whole) == 10
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "changing")]
+    assert [(r["step"], r["split"]) for r in rows[0]] == [(r["step"], r["split"]) for r in rows[1]]
+    losses = [[row["loss"] for row in r] for r in rows]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so_once(
+    without_computing, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_cpu_model", lambda: "another CPU")
+        session(tmp_path, small_config(), until=2)
+    session(tmp_path, small_config(), until=3)
+    (warning,) = [r.getMessage() for r in caplog.records if "last bits" in r.getMessage()]
+    assert "devices was 4 x cpu another CPU, is 4 x cpu " in warning
+    caplog.clear()
+    session(tmp_path, small_config(), until=4)
+    assert "last bits" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed", [{"jaxlib": "0.1"}, {"cpu_cores": 10**6}, {"devices": "8 x tpu TPU v5"}]
+)
+def test_what_decides_the_bits_is_warned_of_where_it_differs(changed, caplog):
+    bits = backend.decides_bits(cpu_kernels=False)
+    assert backend.reuse_bits(json.loads(json.dumps(bits)), cpu_kernels=False) == bits
+    assert not caplog.records
+    backend.reuse_bits(bits | changed, cpu_kernels=False)
+    (key, value), *_ = changed.items()
+    assert f"{key} was {value}, is {bits[key]}" in caplog.text
+
+
+def test_another_generator_of_random_numbers_is_refused():
+    bits = backend.decides_bits(cpu_kernels=False) | {"prng": "rbg"}
+    with pytest.raises(CheckpointError, match="rbg.*JAX_DEFAULT_PRNG_IMPL=rbg"):
+        backend.reuse_bits(bits, cpu_kernels=False)
+
+
+@pytest.mark.skipif(kernels.unavailable("float32") is not None, reason="no oneDNN here")
+def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch, caplog):
+    monkeypatch.setattr(onednn, "_threads", None)
+    saved = backend.decides_bits(cpu_kernels=True)
+    others = saved["openmp_threads"] + 1
+    now = backend.reuse_bits(saved | {"openmp_threads": others}, cpu_kernels=True)
+    assert now["openmp_threads"] == others and not caplog.records
+    conv = onednn.Convolution(
+        (1, 4, 4, 8), (1, 1, 8, 8), (1, 4, 4, 8), (1, 1), ((0, 0), (0, 0)), "float32"
+    )
+    run, used = onednn.build("forward", conv), []
+    arrays = [np.zeros(shape, np.float32) for shape in (conv.x, conv.w, conv.y)]
+
+    def elsewhere():  # XLA calls from threads of its own
+        run(*(array.ctypes.data for array in arrays))
+        used.append(onednn._runtime().library.omp_get_max_threads())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert used == [others]
+
+
+def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
+    rows = [{"step": step, "split": "train", "loss": 1.0} for step in (3, 5, 6)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "spl')
+    writer = MetricWriter(tmp_path, start_step=5)
+    writer.write(rows[2] | {"loss": 2.0})
+    writer.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *rows[:2],
+        rows[2] | {"loss": 2.0},
+    ]
+
+
+def test_events_say_what_was_logged_and_from_which_step_on_it_counts(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    writer = EventWriter(tmp_path, start_step=6)
+    writer.scalar("train/loss", 0.5, 7)
+    writer.image("train/augmented", np.zeros((4, 4, 3), np.uint8), 0)
+    writer.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12:end]))
+        content = content[end + 4 :]
+    version, start, loss, image = events
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 6 and start.session_log.status == SessionLog.START
+    assert (loss.step, loss.summary.value[0].tag) == (7, "train/loss")
+    assert loss.summary.value[0].simple_value == 0.5
+    assert image.summary.value[0].image.height == 4
