@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from imgcls import experiment
+from imgcls import backend, experiment
 from imgcls.errors import UserError
 from imgcls.losses import cross_entropy
 from imgcls.models import resnet
@@ -132,3 +133,27 @@ def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
     check(optim__schedule="constant", train__epochs=9)
     with pytest.raises(UserError, match="train.epochs=1"):
         check(optim__schedule="constant", train__epochs=1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_only_the_program_for_cpus_calls_our_kernels(platform, monkeypatch):
+    backend_name = {"cuda": "gpu"}.get(platform, platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend_name)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = small_config()
+    kernels = backend.choose_cpu_kernels(config)
+    model = experiment.build_model(config, 10, cpu_kernels=kernels)
+    tx, preprocess = optax.sgd(0.1), experiment.build_preprocess(config)
+    step = partial(
+        train_step,
+        model=model,
+        tx=tx,
+        preprocess=preprocess,
+        augment=experiment.build_augment(config),
+        loss_fn=cross_entropy,
+    )
+    rng, images = jax.random.key(0), jnp.zeros((4, 8, 8, 1))
+    state = jax.eval_shape(partial(create_state, model=model, tx=tx), rng, images)
+    batch = {"image": images.astype(jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    lowered = jax.jit(step).trace(state, batch, rng).lower(lowering_platforms=(platform,))
+    assert ("imgcls_conv" in lowered.as_text()) == (platform == "cpu")
