@@ -139,6 +139,18 @@ def test_more_epochs_with_a_constant_schedule_equal_a_longer_run(tmp_path):
     assert json.loads((tmp_path / "longer/results.json").read_text())["epochs"] == 2
 
 
+def test_killed_before_its_report_was_written_a_run_is_evaluated_again(tmp_path):
+    config = small_config(train__epochs=1)
+    train_and_evaluate(config, tmp_path)
+    report = tmp_path / "report.html"
+    page = report.read_bytes()
+    report.unlink()
+    (tmp_path / "results.json").write_text("{}")
+    train_and_evaluate(config, tmp_path)
+    assert len(report.read_bytes()) > len(page) / 2
+    assert outcome(tmp_path)[1]["epochs"] == 1
+
+
 def test_the_best_checkpoint_is_evaluated_when_asked_for(tmp_path):
     # So high a learning rate that the last epoch is not the best.
     config = small_config(
