@@ -38,7 +38,7 @@ def without_computing(monkeypatch):
         return state.replace(step=state.step + 1), metrics
 
     def set_steps(run):
-        run.train_step = train_step
+        run.train_steps = {False: train_step}
         run.eval_step = lambda state, batch: {"loss": 0.0, "correct": 0.0, "count": 1.0}
 
     monkeypatch.setattr(_Run, "_compile", set_steps)
