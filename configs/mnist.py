@@ -52,13 +52,13 @@ def get_config() -> ConfigDict:
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"
-    config.optim.learning_rate = 0.003  # the peak, for a batch
-    config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
+    config.optim.name = "muon"
+    config.optim.learning_rate = 0.12  # the peak, for a batch
+    config.optim.adam_learning_rate = 0.006  # under muon: the peak for all but convolution kernels
     config.optim.schedule = "linear"  # after the warmup
-    config.optim.warmup_epochs = 1.0
-    config.optim.momentum = 0.9
-    config.optim.weight_decay = 0.05
+    config.optim.warmup_epochs = 0.0
+    config.optim.momentum = 0.85
+    config.optim.weight_decay = 0.06
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.label_smoothing = 0.0
     config.optim.ema_decay = 0.99  # a step; 0: no averaging
@@ -66,11 +66,11 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 256
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 12
+    config.train.epochs = 8
     config.train.early_epochs = 0.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (28, 28)
     config.train.log_every_steps = 20
-    config.train.validate_every_epochs = 1
+    config.train.validate_every_epochs = 2
     config.train.checkpoint_every_epochs = 1
     config.train.max_bad_steps = 0  # steps to skip whose loss is not finite, before giving up
 
