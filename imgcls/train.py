@@ -175,15 +175,16 @@ class _Run:
         )
         validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)
 
-        def compile_step(*, early: bool) -> Any:
+        def compile_step(batch: dict[str, jax.Array], *, early: bool) -> Any:
             step = partial(train, augment=experiment.build_augment(c, early=early))
             step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, **options)
-            return step.lower(self.state, self._train_batch(), self.rng).compile()
+            return step.lower(self.state, batch, self.rng).compile()
 
         def compile_all() -> None:
             # Images are smaller in the early steps: a program for these, one for the others.
             left = {step < self.early_steps for step in (self.step, self.total_steps - 1)}
-            self.train_steps = {early: compile_step(early=early) for early in left}
+            batch = self._train_batch()
+            self.train_steps = {early: compile_step(batch, early=early) for early in left}
             if "validation" in self.splits:
                 batch = next(self._validation_batches())
                 self.eval_step = validate.lower(self.state, batch).compile()

@@ -102,6 +102,7 @@ def test_an_unfinished_run_is_refused(tmp_path):
         time_to_accuracy.collect([run])
 
 
+@pytest.mark.slow
 def test_the_command_trains_the_seeds_and_the_time_is_of_the_whole(tmp_path, monkeypatch):
     flags = [*flags_of(small_config(train__epochs=1)), "--config.model.cpu_kernels=off"]
     output = tmp_path / "out" / "digits.json"

@@ -53,7 +53,7 @@ def model_config(name):
     channels = config.data.channels
     config.data.mean, config.data.std = (0.3, 0.4, 0.5)[:channels], (0.2, 0.3, 0.4)[:channels]
     if name in FIELDS:
-        common = {"dtype": config.model.dtype, "cpu_kernels": "auto"}
+        common = {"dtype": config.model.dtype, "cpu_kernels": "auto", "matmul_precision": "default"}
         config.model = {"name": name.split()[0], **FIELDS[name], **common}
     experiment.validate(config)
     return config

@@ -197,6 +197,6 @@ def test_one_step_gives_the_numbers_it_always_gave():
     _, state, step = setup(widths=(8,), dropout_rate=0.1)
     state, metrics = jax.jit(step)(state, batch_of(16), RNG)
     state, metrics = jax.jit(step)(state, batch_of(16), RNG)
-    golden = {"loss": 33.99291, "norm": 6.512158}
+    golden = {"loss": 43.47617, "norm": 5.188601}
     found = {"loss": float(metrics["loss"]), "norm": float(optax.tree.norm(state.params))}
     assert found == pytest.approx(golden, rel=1e-4)

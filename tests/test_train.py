@@ -196,7 +196,7 @@ def test_bad_steps_can_be_allowed(tmp_path, monkeypatch):
     def poison(rng, images, labels):
         return jnp.where(jax.random.uniform(rng) < 0.4, jnp.nan, images), labels
 
-    monkeypatch.setattr(experiment, "build_augment", lambda config, early: poison)
+    monkeypatch.setattr(experiment, "build_augment", lambda config, early=False: poison)
     with pytest.raises(DivergedError):
         train_and_evaluate(small_config(train__max_bad_steps=1), tmp_path / "one")
     state = train_and_evaluate(small_config(train__max_bad_steps=10), tmp_path / "ten")
