@@ -291,5 +291,5 @@ def test_the_child_ends_with_its_parent(number, copy):
         reader = start_reader("tiny_tfrecord", root)
         assert "waiting for another process" in reader.stderr.readline()
         reader.send_signal(number)
-        reader.communicate(timeout=30)  # until the child has closed its stderr, too
+        reader.communicate(timeout=90)  # until the child has closed its stderr, too
         assert reader.returncode
