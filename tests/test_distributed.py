@@ -187,13 +187,9 @@ def test_a_damaged_checkpoint_is_set_aside_once_for_all(undisturbed, tmp_path):
     wait_for(*pair)
     checkpoints = tmp_path / "checkpoints"
     latest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-    largest = max(
-        (path for path in (checkpoints / str(latest) / "state").rglob("*") if path.is_file()),
-        key=lambda path: path.stat().st_size,
-    )
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    for path in (checkpoints / str(latest) / "state").rglob("*"):
+        if path.is_file():  # which of them are read is orbax's affair
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     first, _ = finish(*start_pair(tmp_path, config))
     assert f"renamed to damaged-{latest}" in first
     assert (checkpoints / f"damaged-{latest}").exists()
