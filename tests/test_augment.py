@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imgcls import augment
-from imgcls.augment import AUGMENTATIONS, compose
+from imgcls.augment import AUGMENTATIONS, compose, resized
 from imgcls.errors import UserError
 
 STRENGTHS = {
@@ -315,3 +315,15 @@ def test_wrong_names_and_strengths_are_refused(strengths, message):
     with pytest.raises(UserError, match=message) as error:
         compose(**strengths)
     assert "\n" not in str(error.value)
+
+
+def test_resized_images_are_averages_of_what_they_show():
+    images, labels = examples(height=8, width=6)
+    keep = lambda rng, images, labels: (images, labels)
+    same, _ = resized(keep, (8, 6))(KEY, images, labels)
+    np.testing.assert_allclose(same, images, atol=1e-6)
+    smaller, unchanged = resized(keep, (4, 3))(KEY, images, labels)
+    assert smaller.shape == (64, 4, 3, 3)
+    np.testing.assert_array_equal(unchanged, labels)
+    flat, _ = resized(keep, (5, 5))(KEY, jnp.full_like(images, 0.3), labels)
+    np.testing.assert_allclose(flat, 0.3, atol=1e-6)

@@ -19,6 +19,7 @@ from imgcls.steps import train_step
 from imgcls.workdir import write_json
 from tests.conftest import ROOT, small_config
 
+RNG = jax.random.key(0)
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
@@ -103,6 +104,27 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name():
 def test_a_network_that_pools_more_often_than_the_image_allows_is_refused():
     with pytest.raises(UserError, match="halves the image 4 times"):
         experiment.build_model(small_config(model__widths=(4, 4, 4, 4)), 10)
+    early = small_config(train__early_epochs=1.0, train__early_image_size=(1, 1))
+    with pytest.raises(UserError, match=r"too often for config.train.early_image_size=\(1, 1\)"):
+        experiment.build_model(early, 10)
+
+
+def test_early_epochs_are_refused_where_they_cannot_be():
+    with pytest.raises(UserError, match=r"train.early_epochs=3.0 is more than config.train.epochs"):
+        experiment.validate(small_config(train__early_epochs=3.0))
+    config = small_config(train__early_epochs=1.0)
+    model = {key: config.model[key] for key in ("dtype", "matmul_precision", "cpu_kernels")}
+    config.model = {"name": "mlp", "dense_widths": (8,), "dropout_rate": 0.0, **model}
+    with pytest.raises(UserError, match="must be 0 for an mlp"):
+        experiment.validate(config)
+
+
+def test_only_the_early_steps_see_smaller_images():
+    config = small_config(train__early_epochs=1.0, train__early_image_size=(6, 4))
+    images, labels = jnp.ones((2, 8, 8, 1)), jnp.eye(2)
+    for early, size in ((True, (6, 4)), (False, (8, 8))):
+        augmented, _ = experiment.build_augment(config, early=early)(RNG, images, labels)
+        assert augmented.shape == (2, *size, 1)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
