@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.augment.brightness = 0.0
     config.augment.contrast = 0.0
     config.augment.saturation = 0.0
-    config.augment.cutout_pixels = 8  # the side of the square
+    config.augment.cutout_pixels = 0  # the side of the square
     config.augment.mixup_alpha = 0.0
     config.augment.cutmix_alpha = 0.0
 
@@ -61,14 +61,14 @@ def get_config() -> ConfigDict:
     config.optim.momentum = 0.85
     config.optim.weight_decay = 0.06
     config.optim.clip_norm = 0.0  # 0: no clipping
-    config.optim.label_smoothing = 0.2
+    config.optim.label_smoothing = 0.1
     config.optim.ema_decay = 0.98  # a step; 0: no averaging
 
     config.train = ConfigDict()
     config.train.batch_size = 512
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 16
-    config.train.early_epochs = 6.0  # first ones on smaller images: much less to compute
+    config.train.epochs = 12
+    config.train.early_epochs = 5.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 20
     config.train.validate_every_epochs = 2
