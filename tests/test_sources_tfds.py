@@ -44,6 +44,8 @@ def start_reader(name: str, data_dir: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # A shell's background job, tests included, would have it ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -291,5 +293,5 @@ def test_the_child_ends_with_its_parent(number, copy):
         reader = start_reader("tiny_tfrecord", root)
         assert "waiting for another process" in reader.stderr.readline()
         reader.send_signal(number)
-        reader.communicate(timeout=90)  # until the child has closed its stderr, too
+        reader.communicate(timeout=30)  # until the child has closed its stderr, too
         assert reader.returncode
