@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -76,13 +76,18 @@ def kill_and_resume(workdir, kills, seed):
     """Kills a run at `kills` random moments between its start and its end, then lets it finish."""
     moments = random.Random(seed)
     config = small_config(**LONGER)
-    for _ in range(kills):
+    for kill in range(kills):
         process = start(workdir, config)
         if moments.random() < 0.8:  # else anywhere before the first step
             read_until(process, "training:")
-        time.sleep(moments.uniform(0, 1.5))
-        process.kill()
-        process.communicate()
+        timer = threading.Timer(moments.uniform(0, 1.5), process.kill)
+        timer.start()
+        last_step = 90 * (kill + 1) / kills  # on a fast machine too, the later kills find work
+        for line in process.stdout:
+            if line.startswith("step ") and int(line.split()[1]) >= last_step:
+                process.kill()
+        timer.cancel()
+        assert process.wait() == -signal.SIGKILL
     finish(workdir, config)
 
 
