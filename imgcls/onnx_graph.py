@@ -81,7 +81,9 @@ def _interpret(graph: _Graph, closed: ClosedJaxpr, inputs: Sequence[Value]) -> l
     for eqn in jaxpr.eqns:
         name, arguments = eqn.primitive.name, [read(x) for x in eqn.invars]
         if name in CALLS:
-            outputs = _interpret(graph, eqn.params[CALLS[name]], arguments)
+            called = eqn.params[CALLS[name]]
+            closed = called if isinstance(called, ClosedJaxpr) else ClosedJaxpr(called, ())
+            outputs = _interpret(graph, closed, arguments)
         elif not any(isinstance(x, str) for x in arguments):
             outputs = eqn.primitive.bind(*arguments, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
@@ -160,15 +162,6 @@ def _max_pool(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
     return graph("Transpose", y, perm=(0, 2, 3, 1))
 
 
-def _slice(graph: _Graph, eqn: JaxprEqn, x: str, starts: np.ndarray) -> str:
-    """x[:, a:b]: to JAX a gather of one slice, where the batch size is symbolic."""
-    axes = eqn.params["dimension_numbers"].start_index_map
-    _require(eqn, slice_sizes=eqn.outvars[0].aval.shape)
-    starts = np.asarray(starts, np.int64)
-    stops = starts + [eqn.params["slice_sizes"][axis] for axis in axes]
-    return graph("Slice", x, starts, stops, list(axes))
-
-
 def _require(eqn: JaxprEqn, **params: Any) -> None:
     for name, value in params.items():
         if eqn.params[name] != value:
@@ -179,7 +172,8 @@ def _require(eqn: JaxprEqn, **params: Any) -> None:
 
 
 # Primitives that call a jaxpr, and which parameter that is.
-CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CALLS = {"jit": "jaxpr", "remat2": "jaxpr"}
+CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 OPERATIONS: dict[str, Callable[..., str]] = {
     "add": _same("Add"),
     "broadcast_in_dim": _broadcast,
@@ -188,7 +182,6 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "div": _same("Div"),
     "dot_general": _dot,
     "exp": _same("Exp"),
-    "gather": _slice,
     "integer_pow": lambda graph, eqn, x: graph("Pow", x, np.float32(eqn.params["y"])),
     "max": _same("Max"),
     "mul": _same("Mul"),

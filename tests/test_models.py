@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from imgcls.models import MODELS
 from imgcls.models.cnn import LAYOUT, partial_identity, whitening_filters
-from imgcls.models.common import max_pool
+from imgcls.models.common import BatchNorm, max_pool
 from imgcls.state import count_parameters
 
 
@@ -76,15 +76,50 @@ def test_bfloat16_computes_what_float32_does(name):
     assert (a != b).any()  # it really computes in another precision
 
 
+def value_and_gradient(function, x, weights):
+    value, pull = jax.vjp(function, x)
+    return value, *pull(weights)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_max_pool_is_linens_and_so_is_its_gradient(dtype):
     x = jax.random.randint(jax.random.key(0), (2, 7, 6, 3), 0, 3).astype(dtype)  # many are equal
     linen = lambda x: nn.max_pool(x, (2, 2), (2, 2))
-    np.testing.assert_array_equal(max_pool(x), linen(x))
     weights = jnp.arange(2 * 3 * 3 * 3, dtype=dtype).reshape(2, 3, 3, 3)
-    ours, theirs = (jax.grad(lambda x: (pool(x) * weights).sum())(x) for pool in (max_pool, linen))
-    assert ours.dtype == theirs.dtype
-    np.testing.assert_array_equal(ours, theirs)
+    both = (value_and_gradient(pool, x, weights) for pool in (max_pool, linen))
+    for ours, theirs in zip(*both):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(max_pool(x), linen(x))  # not differentiated
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("use_scale", [True, False])
+def test_batch_norm_is_linens_and_so_are_its_gradients(dtype, error, use_scale):
+    x = (3 * jax.random.normal(jax.random.key(0), (8, 5, 6, 16)) + 2).astype(dtype)
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+
+    def results(module):
+        norm = partial(module, momentum=0.9, use_scale=use_scale, dtype=jnp.dtype(dtype))
+        variables = norm(use_running_average=False).init(jax.random.key(2), x)
+        params = jax.tree.map(lambda p: p + 0.3, variables.pop("params"))
+
+        def loss(params, x):
+            y, updated = norm(use_running_average=False).apply(
+                {"params": params, **variables}, x, mutable=["batch_stats"]
+            )
+            return (y * weights).sum(), (y, updated)
+
+        grads, (y, updated) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        after = norm(use_running_average=True).apply({"params": params, **updated}, x)
+        return {"y": y, "grads": grads, "updated": updated, "after": after}
+
+    ours, theirs = results(BatchNorm), results(nn.BatchNorm)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
+        assert a.dtype == b.dtype, path
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        np.testing.assert_allclose(a, b, rtol=error, atol=error, err_msg=str(path))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
 
 
 @pytest.mark.parametrize("preactivation", [False, True])

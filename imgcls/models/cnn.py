@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imgcls.models.common import ModuleDef, max_pool
+from imgcls.models.common import BatchNorm, ModuleDef, gelu, max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -75,7 +75,7 @@ class CNN(nn.Module):
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
     conv: ModuleDef = nn.Conv
     pool: ModuleDef = max_pool
-    norm: ModuleDef = nn.BatchNorm
+    norm: ModuleDef = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -101,13 +101,13 @@ class CNN(nn.Module):
                 x, kernel.value.astype(self.dtype), (1, 1), "VALID", dimension_numbers=LAYOUT
             )
             bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
-            x = nn.gelu(x + bias.astype(self.dtype))
+            x = gelu(x + bias.astype(self.dtype))
         for width in self.widths:
             for i in range(self.convs_per_block):
                 x = conv(width)(x)
                 if i == 0:
                     x = self.pool(x)
-                x = nn.gelu(norm()(x))
+                x = gelu(norm()(x))
         x = x.max((1, 2))
         return _head(self, x, train=train)
 
@@ -120,7 +120,7 @@ class MLP(nn.Module):
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv  # unused: every model is built with the same arguments
-    norm: ModuleDef = nn.BatchNorm
+    norm: ModuleDef = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -131,5 +131,5 @@ def _head(model: CNN | MLP, x: jax.Array, *, train: bool) -> jax.Array:
     """The fully connected layers: features [B, F] -> logits float32 [B, num_classes]."""
     dropout = partial(nn.Dropout, model.dropout_rate, deterministic=not train)
     for width in model.dense_widths:
-        x = nn.gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
+        x = gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
     return nn.Dense(model.num_classes)(dropout()(x).astype(jnp.float32))

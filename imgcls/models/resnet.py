@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from imgcls.models.common import ModuleDef
+from imgcls.models.common import BatchNorm, ModuleDef
 
 # Blocks a stage, and whether blocks have a bottleneck.
 STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
@@ -66,7 +66,7 @@ class ResNet(nn.Module):
     dropout_rate: float = 0.0  # before the fully connected layer
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    norm: ModuleDef = nn.BatchNorm
+    norm: ModuleDef = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -95,7 +95,7 @@ class WideResNet(nn.Module):
     dropout_rate: float = 0.0  # between a block's convolutions
     dtype: jnp.dtype = jnp.float32
     conv: ModuleDef = nn.Conv
-    norm: ModuleDef = nn.BatchNorm
+    norm: ModuleDef = BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
