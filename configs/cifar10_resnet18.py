@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.model.stem = "cifar"
     config.model.preactivation = False
     config.model.dropout_rate = 0.0
-    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.dtype = "bfloat16"  # of the computation, where the device has it
     config.model.matmul_precision = "default"  # or "high", "highest": for float32 on GPU and TPU
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from imgcls import data
+from imgcls import backend, data
 from imgcls.augment import compose, resized
 from imgcls.errors import UserError
 from imgcls.models import MODELS
@@ -233,7 +233,10 @@ def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = Fal
 
         conv = partial(nn.Conv, conv_general_dilated=kernels.conv_general_dilated)
     return MODELS[config.model.name](
-        num_classes=num_classes, dtype=jnp.dtype(config.model.dtype), conv=conv, **fields
+        num_classes=num_classes,
+        dtype=jnp.dtype(backend.compute_dtype(config)),
+        conv=conv,
+        **fields,
     )
 
 

@@ -147,7 +147,10 @@ class _Run:
         parameters = count_parameters(self.state.params)
         convolutions = ", convolutions by oneDNN" if self.meta["cpu_kernels"] else ""
         device = backend.describe()["device"]
-        say(f"{c.model.name}: {parameters:,} parameters, {c.model.dtype}, {device}{convolutions}")
+        dtype = self.model.dtype.name
+        if dtype != c.model.dtype:
+            dtype += f" (this CPU has no instructions for {c.model.dtype})"
+        say(f"{c.model.name}: {parameters:,} parameters, {dtype}, {device}{convolutions}")
         if self.saved_step >= 0:
             say(f"resumed at step {self.step} of {self.total_steps}")
 
@@ -170,7 +173,6 @@ class _Run:
             loss_fn=partial(cross_entropy, label_smoothing=c.optim.label_smoothing),
             ema_decay=c.optim.ema_decay,
             accumulate_steps=c.train.accumulate_steps,
-            # Inside a loop, XLA's code for the CPU runs on one core.
             unroll=jax.default_backend() == "cpu",
         )
         validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from imgcls import backend, experiment
+from imgcls import backend, experiment, kernels
 from imgcls.errors import UserError
 from imgcls.losses import cross_entropy
 from imgcls.models import resnet
@@ -157,14 +157,25 @@ def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
         check(optim__schedule="constant", train__epochs=1)
 
 
+@pytest.mark.parametrize(
+    "platform, instructions, dtype",
+    [("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("tpu", False, "bfloat16")],
+)
+def test_bfloat16_is_computed_where_the_device_has_it(platform, instructions, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(kernels, "has_bfloat16", lambda: instructions)
+    model = experiment.build_model(small_config(model__dtype="bfloat16"), 10)
+    assert model.dtype == dtype
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_only_the_program_for_cpus_calls_our_kernels(platform, monkeypatch):
     backend_name = {"cuda": "gpu"}.get(platform, platform)
     monkeypatch.setattr(jax, "default_backend", lambda: backend_name)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = small_config()
-    kernels = backend.choose_cpu_kernels(config)
-    model = experiment.build_model(config, 10, cpu_kernels=kernels)
+    cpu_kernels = backend.choose_cpu_kernels(config)
+    model = experiment.build_model(config, 10, cpu_kernels=cpu_kernels)
     tx, preprocess = optax.sgd(0.1), experiment.build_preprocess(config)
     step = partial(
         train_step,

@@ -369,6 +369,17 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
         kernels.unavailable.cache_clear()
 
 
+@pytest.mark.parametrize("isa, expected", [(0x27, False), (0xE7, True), (0xFEF, True)])
+def test_instructions_for_bfloat16_are_known(isa, expected, monkeypatch):
+    """AVX-512, the same with bfloat16, and AMX: values of dnnl_cpu_isa_t."""
+    library = onednn._runtime().library
+    monkeypatch.setattr(library, "dnnl_get_effective_cpu_isa", lambda: isa)
+    assert kernels.has_bfloat16() is expected
+    monkeypatch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
+    monkeypatch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
+    assert not kernels.has_bfloat16()
+
+
 def test_identity_names_what_decides_the_bits():
     identity = kernels.identity()
     assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}

@@ -20,6 +20,7 @@ SRC, DST, WEIGHTS, SCRATCHPAD = 1, 17, 33, 80
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136
 OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
+AVX512_CORE_BF16 = 0x80  # the bit of dnnl_cpu_isa_t that this set adds, and later ones contain
 ALLOCATE = C.c_void_p(-1)
 
 # The arrays of each kind of computation, operands before the result, and oneDNN's number for each.
@@ -121,6 +122,14 @@ def identity() -> dict[str, str | int]:
         "onednn_isa": hex(library.dnnl_get_effective_cpu_isa()),
         "openmp_threads": _threads or library.omp_get_max_threads(),
     }
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for it, and oneDNN is there to use them."""
+    try:
+        return bool(_runtime().library.dnnl_get_effective_cpu_isa() & AVX512_CORE_BF16)
+    except (OSError, AttributeError, importlib.metadata.PackageNotFoundError):
+        return False
 
 
 def build(kind: str, conv: Convolution) -> Callable[..., None]:
