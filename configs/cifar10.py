@@ -61,17 +61,17 @@ def get_config() -> ConfigDict:
     config.optim.momentum = 0.85
     config.optim.weight_decay = 0.06
     config.optim.clip_norm = 0.0  # 0: no clipping
-    config.optim.label_smoothing = 0.1
+    config.optim.label_smoothing = 0.2
     config.optim.ema_decay = 0.98  # a step; 0: no averaging
 
     config.train = ConfigDict()
     config.train.batch_size = 512
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 12
-    config.train.early_epochs = 5.0  # first ones on smaller images: much less to compute
+    config.train.epochs = 20
+    config.train.early_epochs = 10.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 20
-    config.train.validate_every_epochs = 2
+    config.train.validate_every_epochs = 4
     config.train.checkpoint_every_epochs = 1
     config.train.max_bad_steps = 0  # steps to skip whose loss is not finite, before giving up
 
