@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.model.dense_widths = ()  # hidden fully connected layers
     config.model.dropout_rate = 0.2
     config.model.whiten = False  # a fixed first layer that decorrelates 2x2 patches
-    config.model.dtype = "float32"  # of the computation; parameters are float32
+    config.model.dtype = "float32"  # of the computation; or "bfloat16", where the device has it
     config.model.matmul_precision = "default"  # or "high", "highest": for float32 on GPU and TPU
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
