@@ -74,11 +74,14 @@ def plot(sweep: str, points: list[dict[str, Any]]) -> None:
     right.plot(x, [p["data_mib"] for p in points], "o--", label="of that, training images")
     right.set_ylabel("MiB")
     right.legend()
+    if sweep == "image_size":  # a straight line where throughput is a number of pixels
+        left.set_yscale("log")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{value:,}" for value in x])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xlabel(LABELS[sweep])
         axes.grid(alpha=0.3)
     common.RESULTS.mkdir(exist_ok=True)
