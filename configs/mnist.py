@@ -2,7 +2,7 @@
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-Test top-1 99.56% (9956/10000; 95% interval of this one seed, over examples: 99.41 to 99.67), 326 s
+Test top-1 99.63%, mean of 3 seeds (99.68, 99.61, 99.61; 95% interval of the mean: 99.53 to 99.73), 360 s
 for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX).
 """
 
