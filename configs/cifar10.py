@@ -3,7 +3,8 @@
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
 Test top-1 93.29% (9329/10000; 95% interval of this one seed, over examples: 92.78 to 93.76), 1799 s
-for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training accuracy was 99%.
+for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training accuracy was
+99%.
 """
 
 from ml_collections import ConfigDict
