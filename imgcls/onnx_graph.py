@@ -172,8 +172,12 @@ def _require(eqn: JaxprEqn, **params: Any) -> None:
 
 
 # Primitives that call a jaxpr, and which parameter that is.
-CALLS = {"jit": "jaxpr", "remat2": "jaxpr"}
-CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CALLS = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "jit": "jaxpr",
+    "remat2": "jaxpr",
+}
 OPERATIONS: dict[str, Callable[..., str]] = {
     "add": _same("Add"),
     "broadcast_in_dim": _broadcast,

@@ -149,7 +149,7 @@ class _Run:
         device = backend.describe()["device"]
         dtype = self.model.dtype.name
         if dtype != c.model.dtype:
-            dtype += f" (this CPU has no instructions for {c.model.dtype})"
+            dtype += f" (no fast {c.model.dtype} on this CPU)"
         say(f"{c.model.name}: {parameters:,} parameters, {dtype}, {device}{convolutions}")
         if self.saved_step >= 0:
             say(f"resumed at step {self.step} of {self.total_steps}")

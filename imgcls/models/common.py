@@ -23,6 +23,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     gradient. XLA differentiates that one into a select-and-scatter, several times slower on a CPU,
     and keeps x for it; here the position of each maximum is kept, one byte.
     """
+    # Without a gradient (evaluation, exports) Linen's own will do.
     return nn.max_pool(x.astype(jnp.float32), (2, 2), (2, 2)).astype(x.dtype)
 
 
