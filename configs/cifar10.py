@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
     config.data.follow_links = True  # symbolic links, in a folder of images
 
     config.augment = ConfigDict()
-    config.augment.flip_probability = 0.5
+    config.augment.flip_probability = 0.0
+    config.augment.alternate_flip = True  # mirrors each image in every second epoch
     config.augment.rotate_degrees = 0.0  # at most, either way
     config.augment.zoom_fraction = 0.0  # in and out by up to 1 + this
     config.augment.translate_pixels = 2  # at most, each way
@@ -45,32 +46,36 @@ def get_config() -> ConfigDict:
     config.model.widths = (64, 256, 256)  # channels, a block each
     config.model.convs_per_block = 2
     config.model.dense_widths = ()  # hidden fully connected layers
-    config.model.dropout_rate = 0.1
+    config.model.dropout_rate = 0.0
     config.model.whiten = True  # a fixed first layer that decorrelates 2x2 patches
+    config.model.small_logits = True  # at first: the last layer starts near zero
+    config.model.norm_momentum = 0.4  # of BatchNorm's running mean and variance
     config.model.dtype = "bfloat16"  # of the computation, where the device has it
     config.model.matmul_precision = "default"  # or "high", "highest": for float32 on GPU and TPU
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
 
     config.optim = ConfigDict()
-    config.optim.name = "muon"
-    config.optim.learning_rate = 0.12  # the peak, for a batch
+    config.optim.name = "muon_sgd"
+    config.optim.learning_rate = 0.24  # the peak, for a batch
     config.optim.adam_learning_rate = 0.012  # under muon: the peak for all but convolution kernels
+    config.optim.dense_learning_rate = 0.02  # under muon_sgd: the peak for fully connected layers
+    config.optim.bias_learning_rate = 100.0  # under muon_sgd: the peak for biases and scales
     config.optim.schedule = "linear"  # after the warmup
     config.optim.warmup_epochs = 0.0
-    config.optim.momentum = 0.85
-    config.optim.weight_decay = 0.06
+    config.optim.momentum = 0.6
+    config.optim.weight_decay = 0.12
     config.optim.clip_norm = 0.0  # 0: no clipping
     config.optim.label_smoothing = 0.2
-    config.optim.ema_decay = 0.98  # a step; 0: no averaging
+    config.optim.ema_decay = 0.0  # a step; 0: no averaging
 
     config.train = ConfigDict()
-    config.train.batch_size = 512
+    config.train.batch_size = 2000
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 20
-    config.train.early_epochs = 10.0  # first ones on smaller images: much less to compute
+    config.train.epochs = 14
+    config.train.early_epochs = 7.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
-    config.train.log_every_steps = 20
-    config.train.validate_every_epochs = 4
+    config.train.log_every_steps = 12
+    config.train.validate_every_epochs = 2
     config.train.checkpoint_every_epochs = 1
     config.train.max_bad_steps = 0  # steps to skip whose loss is not finite, before giving up
 

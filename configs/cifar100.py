@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.flip_probability = 0.5
+    config.augment.alternate_flip = False  # mirrors each image in every second epoch
     config.augment.rotate_degrees = 0.0  # at most, either way
     config.augment.zoom_fraction = 0.0  # in and out by up to 1 + this
     config.augment.translate_pixels = 2  # at most, each way
@@ -45,6 +46,8 @@ def get_config() -> ConfigDict:
     config.model.dense_widths = ()  # hidden fully connected layers
     config.model.dropout_rate = 0.1
     config.model.whiten = True  # a fixed first layer that decorrelates 2x2 patches
+    config.model.small_logits = False  # at first: the last layer starts near zero
+    config.model.norm_momentum = 0.9  # of BatchNorm's running mean and variance
     config.model.dtype = "bfloat16"  # of the computation, where the device has it
     config.model.matmul_precision = "default"  # or "high", "highest": for float32 on GPU and TPU
     config.model.cpu_kernels = "auto"  # or "off": plain XLA
@@ -53,6 +56,8 @@ def get_config() -> ConfigDict:
     config.optim.name = "sgd"
     config.optim.learning_rate = 0.2  # the peak, for a batch
     config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
+    config.optim.dense_learning_rate = 0.02  # under muon_sgd: the peak for fully connected layers
+    config.optim.bias_learning_rate = 100.0  # under muon_sgd: the peak for biases and scales
     config.optim.schedule = "linear"  # after the warmup
     config.optim.warmup_epochs = 2.0
     config.optim.momentum = 0.9

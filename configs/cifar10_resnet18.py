@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.flip_probability = 0.5
+    config.augment.alternate_flip = False  # mirrors each image in every second epoch
     config.augment.rotate_degrees = 0.0  # at most, either way
     config.augment.zoom_fraction = 0.0  # in and out by up to 1 + this
     config.augment.translate_pixels = 4  # at most, each way
@@ -52,6 +53,8 @@ def get_config() -> ConfigDict:
     config.optim.name = "sgd"
     config.optim.learning_rate = 0.1  # the peak, for a batch
     config.optim.adam_learning_rate = 0.01  # under muon: the peak for all but convolution kernels
+    config.optim.dense_learning_rate = 0.02  # under muon_sgd: the peak for fully connected layers
+    config.optim.bias_learning_rate = 100.0  # under muon_sgd: the peak for biases and scales
     config.optim.schedule = "cosine"  # after the warmup
     config.optim.warmup_epochs = 2.0
     config.optim.momentum = 0.9

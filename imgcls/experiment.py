@@ -34,6 +34,7 @@ def _one_of(*names: str) -> tuple[type, Callable[[Any], bool], str]:
 ANY_TEXT = (str, lambda x: True, "text")
 COUNT = (int, lambda x: x >= 1, "a whole number of at least 1")
 COUNT_OR_ZERO = (int, lambda x: x >= 0, "a whole number of at least 0")
+POSITIVE = (float, lambda x: 0 < x < math.inf, "a number over 0")
 NOT_NEGATIVE = (float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 FRACTION = (float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
 FLAG = (bool, lambda x: True, "True or False")
@@ -56,13 +57,16 @@ RULES = {
     "data.std": (tuple, lambda x: CHANNELS[1](x) and min(x) > 0, CHANNELS[2]),
     "data.skip_bad": COUNT_OR_ZERO,
     "data.follow_links": FLAG,
+    "augment.alternate_flip": FLAG,
     "model.name": _one_of(*MODELS),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.matmul_precision": _one_of("default", "high", "highest"),
     "model.cpu_kernels": _one_of("auto", "off"),
     "optim.name": _one_of(*OPTIMIZERS),
-    "optim.learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
-    "optim.adam_learning_rate": (float, lambda x: 0 < x < math.inf, "a number over 0"),
+    "optim.learning_rate": POSITIVE,
+    "optim.adam_learning_rate": POSITIVE,
+    "optim.dense_learning_rate": POSITIVE,
+    "optim.bias_learning_rate": POSITIVE,
     "optim.schedule": _one_of(*SCHEDULES),
     "optim.warmup_epochs": NOT_NEGATIVE,
     "optim.momentum": FRACTION,
@@ -131,6 +135,11 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
             )
+    if flat["augment.alternate_flip"] and flat.get("augment.flip_probability"):
+        raise UserError(
+            "config.augment.alternate_flip takes the place of random flips: set "
+            "config.augment.flip_probability=0.0, or alternate_flip=False"
+        )
     if flat["model.name"] == "mlp" and flat["train.early_epochs"]:
         raise UserError("config.train.early_epochs must be 0 for an mlp, made for one image size")
     build_augment(config)
@@ -268,7 +277,9 @@ def build_augment(
     config: ConfigDict, *, early: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`early`: for the first epochs, on smaller images."""
-    augment = compose(**config.augment)
+    strengths = dict(config.augment.items())
+    del strengths["alternate_flip"]  # of the data's order, not of a batch
+    augment = compose(**strengths)
     return resized(augment, tuple(config.train.early_image_size)) if early else augment
 
 
@@ -283,7 +294,8 @@ def build_schedule(config: ConfigDict, *, steps_per_epoch: int) -> optax.Schedul
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     o = config.optim
-    options = {"adam_ratio": o.adam_learning_rate / o.learning_rate} if o.name == "muon" else {}
+    own = {"muon": ("adam",), "muon_sgd": ("dense", "bias")}.get(o.name, ())
+    options = {f"{part}_ratio": o[f"{part}_learning_rate"] / o.learning_rate for part in own}
     return create_optimizer(
         o.name,
         schedule,

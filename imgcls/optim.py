@@ -48,30 +48,67 @@ def _lion(schedule, *, momentum, weight_decay):
     return optax.lion(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
 
 
-def _muon(schedule, *, momentum, weight_decay, adam_ratio=1.0):
-    """Muon (Jordan et al., 2024) for convolution kernels, AdamW for all other parameters.
-
-    A kernel [H, W, I, O] counts as the matrix [H * W * I, O]. AdamW's learning rate is `adam_ratio`
-    times Muon's.
-    """
+def _muon_kernels(schedule, *, momentum, weight_decay):
+    """Muon (Jordan et al., 2024): a kernel [H, W, I, O] counts as the matrix [H * W * I, O]."""
     dimensions = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers((0, 1, 2), 3), params)
-    kernels = optax.chain(
+    return optax.chain(
         # Three iterations are enough for this purpose (airbench94_muon), and a twentieth of a step.
         scale_by_muon(ns_steps=3, beta=momentum, weight_dimension_numbers=dimensions),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _muon(schedule, *, momentum, weight_decay, adam_ratio=1.0):
+    """Muon for convolution kernels, AdamW for all other parameters.
+
+    AdamW's learning rate is `adam_ratio` times Muon's.
+    """
     others = optax.adamw(
         lambda step: adam_ratio * schedule(step),
         b2=0.99,  # a thousand steps are a long training here
         weight_decay=weight_decay,
         mask=matrices_and_kernels,
     )
+    kernels = _muon_kernels(schedule, momentum=momentum, weight_decay=weight_decay)
     labels = lambda params: jax.tree.map(lambda p: "kernels" if p.ndim == 4 else "others", params)
     return optax.partition({"kernels": kernels, "others": others}, labels)
 
 
-OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "lion": _lion, "muon": _muon}
+def _muon_sgd(schedule, *, momentum, weight_decay, dense_ratio=1.0, bias_ratio=1.0):
+    """Muon for convolution kernels, SGD for all other parameters, as in airbench94_muon.
+
+    SGD's learning rates are `dense_ratio` (fully connected layers) and `bias_ratio` (the biases and
+    scales of the others) times Muon's.
+    """
+
+    def sgd(ratio):
+        return optax.chain(
+            optax.trace(0.85, nesterov=True),
+            optax.scale(ratio),
+            optax.add_decayed_weights(weight_decay, matrices_and_kernels),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+    def label(path, parameter):
+        if parameter.ndim == 4:
+            return "kernels"
+        return "dense" if "Dense" in jax.tree_util.keystr(path) else "biases"
+
+    kernels = _muon_kernels(schedule, momentum=momentum, weight_decay=weight_decay)
+    return optax.partition(
+        {"kernels": kernels, "dense": sgd(dense_ratio), "biases": sgd(bias_ratio)},
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
+    )
+
+
+OPTIMIZERS = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lion": _lion,
+    "muon": _muon,
+    "muon_sgd": _muon_sgd,
+}
 
 
 def create_optimizer(

@@ -2,6 +2,8 @@
 `functools.partial`, then `jax.jit`, or `jax.pmap` with `axis_name`.
 
     Batch = {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}  # False on padding
+
+Where flips alternate, a training batch also has "mirrored": bool[B].
 """
 
 from collections.abc import Callable
@@ -30,6 +32,8 @@ def augment_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """A batch as the loss sees it: images float32[B, H, W, C] in [0, 1], labels float32[B, K]."""
     images = batch["image"].astype(jnp.float32) / 255
+    if "mirrored" in batch:
+        images = jnp.where(batch["mirrored"][:, None, None, None], images[:, :, ::-1], images)
     return augment(rng, images, jax.nn.one_hot(batch["label"], num_classes))
 
 

@@ -199,7 +199,13 @@ class _Run:
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
     def _train_batch(self) -> dict[str, jax.Array]:
-        return put_batch(self.splits["train"].read, self.order[self.step], self.mesh)
+        return put_batch(self._read_train, self.order[self.step], self.mesh)
+
+    def _read_train(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.splits["train"].read(indices)
+        if self.config.augment.alternate_flip:
+            batch["mirrored"] = self.order.mirrored(indices, self.step)
+        return batch
 
     def _validation_batches(self) -> Iterator[dict[str, jax.Array]]:
         split = self.splits["validation"]
@@ -212,7 +218,7 @@ class _Run:
             self._compile()
         self.writer = MetricWriter(self.workdir, start_step=self.step)
         if self.step == 0 and is_main():
-            batch = self.splits["train"].read(self.order[0])
+            batch = self._read_train(self.order[0])
             images = experiment.augmented_images(self.config, batch, len(self.class_names))
             images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
             np.save(self.workdir / SAMPLES, images)

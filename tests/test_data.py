@@ -81,6 +81,16 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert (first == a[:10]).all() and (last == a[90:]).all()
 
 
+def test_alternating_flip_shows_both_views_of_each_image_in_any_two_epochs():
+    order = data.TrainOrder(100, batch_size=10, seed=1)
+    everything = np.arange(100)
+    first, second, third = (order.mirrored(everything, step) for step in (9, 10, 20))
+    assert 30 < first.sum() < 70
+    assert (first != second).all() and (first == third).all()
+    assert (order.mirrored(everything[::-1], 0) == first[::-1]).all()
+    assert (data.TrainOrder(100, batch_size=10, seed=2).mirrored(everything, 0) != first).any()
+
+
 def test_evaluation_takes_each_example_exactly_once():
     (split,) = load({"train": Numbers(10)}, "train")
     batches = [split.read(i) for i in data.eval_order(10, batch_size=4)]

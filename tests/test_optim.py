@@ -57,6 +57,22 @@ def test_clipping_bounds_the_update():
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5)
 
 
+def test_muon_sgd_has_a_learning_rate_of_its_own_for_dense_layers_and_for_biases():
+    options = {"momentum": 0.9, "weight_decay": 0.0, "clip_norm": 0.0}
+    tx = create_optimizer(
+        "muon_sgd", optax.constant_schedule(0.5), **options, dense_ratio=0.1, bias_ratio=10.0
+    )
+    params = {
+        "Dense_0": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+        "BatchNorm_0": {"bias": jnp.ones(4)},
+    }
+    updates, _ = tx.update(params, tx.init(params), params)
+    nesterov = 1 + 0.85
+    assert jnp.allclose(updates["Dense_0"]["kernel"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["Dense_0"]["bias"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["BatchNorm_0"]["bias"], -0.5 * 10 * nesterov)
+
+
 def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
     tx = create_optimizer(
         "muon", optax.constant_schedule(1.0), momentum=0.9, weight_decay=0.0, clip_norm=0.0

@@ -13,7 +13,7 @@ from imgcls.losses import cross_entropy
 from imgcls.models import MODELS
 from imgcls.sharding import make_mesh, put_batch, replicated
 from imgcls.state import create_state
-from imgcls.steps import eval_step, normalize, predict_step, train_step
+from imgcls.steps import augment_batch, eval_step, normalize, predict_step, train_step
 
 PREPROCESS = partial(normalize, mean=(0.5,), std=(0.25,))
 PLAIN_CNN = {"widths": (8,), "norm": lambda **_: lambda x: x}  # neither BatchNorm nor dropout
@@ -57,6 +57,15 @@ def test_normalize_is_the_same_from_bytes_and_from_floats():
     expected = (images / 255 - 0.5) / 0.25
     for given in (images, images.astype(np.float32) / 255):
         np.testing.assert_allclose(PREPROCESS(jnp.asarray(given)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_images_marked_so_are_mirrored():
+    batch = batch_of(4)
+    marks = np.array([True, False, True, False])
+    plain, _ = augment_batch(RNG, batch, keep, 10)
+    images, _ = augment_batch(RNG, batch | {"mirrored": marks}, keep, 10)
+    np.testing.assert_array_equal(images[marks], plain[marks][:, :, ::-1])
+    np.testing.assert_array_equal(images[~marks], plain[~marks])
 
 
 @pytest.mark.parametrize("model, fields", [("cnn", {"widths": (8, 16)}), ("mlp", {})])

@@ -72,6 +72,8 @@ class CNN(nn.Module):
     dense_widths: tuple[int, ...] = ()  # hidden fully connected layers
     dropout_rate: float = 0.0  # before every fully connected layer
     whiten: bool = False
+    small_logits: bool = False  # at first: the last layer starts near zero
+    norm_momentum: float = 0.9  # of BatchNorm's running mean and variance
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
     conv: ModuleDef = nn.Conv
     pool: ModuleDef = max_pool
@@ -89,19 +91,20 @@ class CNN(nn.Module):
         norm = partial(
             self.norm,
             use_running_average=not train,
-            momentum=0.9,
+            momentum=self.norm_momentum,
             use_scale=False,
             dtype=self.dtype,
         )
-        x = x.astype(self.dtype)
         if self.whiten:
-            # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach.
+            # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach. Computed
+            # in float32: it enlarges small differences, which rounded pixels would not have.
             kernel = self.variable("batch_stats", "whitening", lambda: whitening_filters(x))
             x = jax.lax.conv_general_dilated(
-                x, kernel.value.astype(self.dtype), (1, 1), "VALID", dimension_numbers=LAYOUT
+                x.astype(jnp.float32), kernel.value, (1, 1), "VALID", dimension_numbers=LAYOUT
             )
             bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
-            x = gelu(x + bias.astype(self.dtype))
+            x = gelu(x + bias)
+        x = x.astype(self.dtype)
         for width in self.widths:
             for i in range(self.convs_per_block):
                 x = conv(width)(x)
@@ -109,7 +112,7 @@ class CNN(nn.Module):
                     x = self.pool(x)
                 x = gelu(norm()(x))
         x = x.max((1, 2))
-        return _head(self, x, train=train)
+        return _head(self, x, train=train, small_logits=self.small_logits)
 
 
 class MLP(nn.Module):
@@ -127,9 +130,13 @@ class MLP(nn.Module):
         return _head(self, x.reshape(x.shape[0], -1).astype(self.dtype), train=train)
 
 
-def _head(model: CNN | MLP, x: jax.Array, *, train: bool) -> jax.Array:
+def _head(model: CNN | MLP, x: jax.Array, *, train: bool, small_logits: bool = False) -> jax.Array:
     """The fully connected layers: features [B, F] -> logits float32 [B, num_classes]."""
     dropout = partial(nn.Dropout, model.dropout_rate, deterministic=not train)
     for width in model.dense_widths:
         x = gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
-    return nn.Dense(model.num_classes)(dropout()(x).astype(jnp.float32))
+    x = dropout()(x).astype(jnp.float32)
+    # Near zero, as in airbench94: the convolutions then learn from the first step on.
+    small = nn.initializers.normal(1 / x.shape[-1])
+    kernel_init = small if small_logits else nn.initializers.lecun_normal()
+    return nn.Dense(model.num_classes, kernel_init=kernel_init)(x)
