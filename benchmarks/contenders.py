@@ -34,6 +34,7 @@ def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> Con
     config.model.dtype = dtype or config.model.dtype
     for key in config.augment:
         config.augment[key] = type(config.augment[key])(0)
+    config.data.alternate_flip = False
     config.optim.update(name="sgd", learning_rate=0.01, momentum=0.9, ema_decay=0.0, clip_norm=0.0)
     config.optim.schedule = "constant"
     config.train.accumulate_steps = 1

@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config.data.std = (0.3081,)
     config.data.skip_bad = 0  # unreadable images to put up with in each split
     config.data.follow_links = True  # symbolic links, in a folder of images
+    config.data.alternate_flip = False  # mirrors each image in every second epoch
 
     config.augment = ConfigDict()
     config.augment.flip_probability = 0.0
-    config.augment.alternate_flip = False  # mirrors each image in every second epoch
     config.augment.rotate_degrees = 10.0  # at most, either way
     config.augment.zoom_fraction = 0.1  # in and out by up to 1 + this
     config.augment.translate_pixels = 2  # at most, each way

@@ -57,7 +57,7 @@ RULES = {
     "data.std": (tuple, lambda x: CHANNELS[1](x) and min(x) > 0, CHANNELS[2]),
     "data.skip_bad": COUNT_OR_ZERO,
     "data.follow_links": FLAG,
-    "augment.alternate_flip": FLAG,
+    "data.alternate_flip": FLAG,
     "model.name": _one_of(*MODELS),
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.matmul_precision": _one_of("default", "high", "highest"),
@@ -135,9 +135,9 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
             )
-    if flat["augment.alternate_flip"] and flat.get("augment.flip_probability"):
+    if flat["data.alternate_flip"] and flat.get("augment.flip_probability"):
         raise UserError(
-            "config.augment.alternate_flip takes the place of random flips: set "
+            "config.data.alternate_flip takes the place of random flips: set "
             "config.augment.flip_probability=0.0, or alternate_flip=False"
         )
     if flat["model.name"] == "mlp" and flat["train.early_epochs"]:
@@ -277,9 +277,7 @@ def build_augment(
     config: ConfigDict, *, early: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`early`: for the first epochs, on smaller images."""
-    strengths = dict(config.augment.items())
-    del strengths["alternate_flip"]  # of the data's order, not of a batch
-    augment = compose(**strengths)
+    augment = compose(**config.augment)
     return resized(augment, tuple(config.train.early_image_size)) if early else augment
 
 

@@ -203,7 +203,7 @@ class _Run:
 
     def _read_train(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         batch = self.splits["train"].read(indices)
-        if self.config.augment.alternate_flip:
+        if self.config.data.alternate_flip:
             batch["mirrored"] = self.order.mirrored(indices, self.step)
         return batch
 

@@ -75,8 +75,8 @@ def test_every_config_is_valid_and_takes_a_finite_step(name, monkeypatch):
         ({"optim__warmup_epochs": 3.0}, "more than config.train.epochs"),
         ({"augment__flip_probability": 1.5}, "config.augment.flip_probability"),
         (
-            {"augment__flip_probability": 0.5, "augment__alternate_flip": True},
-            "config.augment.alternate_flip takes the place",
+            {"augment__flip_probability": 0.5, "data__alternate_flip": True},
+            "config.data.alternate_flip takes the place",
         ),
         ({"augment__rotate_degrees": -1.0}, "config.augment.rotate_degrees"),
         ({"data__validation": "", "eval__checkpoint": "best"}, "config.eval.checkpoint=best needs"),
