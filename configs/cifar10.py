@@ -4,7 +4,7 @@
 
 Test top-1 93.17% (9317/10000; 95% interval of this one seed, over examples: 92.66 to 93.65), 1186 s
 for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training accuracy was
-99%. The recipe is airbench94_muon's (Keller Jordan), but for smaller images in the first epochs.
+99%. The recipe follows airbench94_muon (Keller Jordan), with smaller images in the first epochs.
 """
 
 from ml_collections import ConfigDict

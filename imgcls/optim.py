@@ -84,7 +84,7 @@ def _muon_sgd(schedule, *, momentum, weight_decay, dense_ratio=1.0, bias_ratio=1
 
     def sgd(ratio):
         return optax.chain(
-            optax.trace(0.85, nesterov=True),
+            optax.trace(0.85, nesterov=True),  # airbench94_muon's; `momentum` is Muon's
             optax.scale(ratio),
             optax.add_decayed_weights(weight_decay, matrices_and_kernels),
             optax.scale_by_learning_rate(schedule),
