@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "cnn"
-    config.model.widths = (64, 256, 256)  # channels, a block each
+    config.model.widths = (80, 320, 320)  # channels, a block each
     config.model.convs_per_block = 2
     config.model.dense_widths = ()  # hidden fully connected layers
     config.model.dropout_rate = 0.0
@@ -71,8 +71,8 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 500
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 14
-    config.train.early_epochs = 8.0  # first ones on smaller images: much less to compute
+    config.train.epochs = 10
+    config.train.early_epochs = 6.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 49
     config.train.validate_every_epochs = 2
