@@ -18,7 +18,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 NETWORKS = ("cifar10", "cifar10_resnet18", "airbench94")
-BATCH_SIZES = {"airbench94": 1000}  # of those that are no config of ours
 CLASSES = 10
 
 
@@ -30,6 +29,7 @@ def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> Con
     if network == "airbench94":  # arXiv 2404.00498
         config.model.update(widths=(64, 256, 256), convs_per_block=2, dense_widths=())
         config.model.update(dropout_rate=0.0, whiten=True)
+        config.train.batch_size = 1000
     config.model.dtype = dtype or config.model.dtype
     for key in config.augment:
         config.augment[key] = type(config.augment[key])(0)
@@ -38,7 +38,7 @@ def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> Con
     config.optim.schedule = "constant"
     config.train.accumulate_steps = 1
     config.train.early_epochs = 0.0
-    config.train.batch_size = batch_size or BATCH_SIZES.get(network, config.train.batch_size)
+    config.train.batch_size = batch_size or config.train.batch_size
     config.data.validation = ""
     return config
 

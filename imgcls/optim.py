@@ -52,7 +52,7 @@ def _muon_kernels(schedule, *, momentum, weight_decay):
     """Muon (Jordan et al., 2024): a kernel [H, W, I, O] counts as the matrix [H * W * I, O]."""
     dimensions = lambda params: jax.tree.map(lambda _: MuonDimensionNumbers((0, 1, 2), 3), params)
     return optax.chain(
-        # Three iterations are enough for this purpose (airbench94_muon), and a twentieth of a step.
+        # Three iterations are enough for this purpose (airbench94_muon).
         scale_by_muon(ns_steps=3, beta=momentum, weight_dimension_numbers=dimensions),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(schedule),
