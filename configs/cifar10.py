@@ -2,11 +2,10 @@
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-Test top-1 93.46% (one seed; 95% interval 92.96 to 93.93),
-1983 s for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). With
-`--config.train.epochs=10 --config.train.early_epochs=6.5`: 93.57%, one seed, 1206 s. The recipe
-follows airbench94_muon (Keller Jordan), wider, in smaller batches, and with smaller images in the
-first epochs.
+Test top-1 93.57% (9357/10000; 95% interval of this one seed, over examples: 93.07 to 94.03), 1206 s
+for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training accuracy was
+97%. The recipe follows airbench94_muon (Keller Jordan), wider, in smaller batches, and with smaller
+images in the first epochs.
 """
 
 from ml_collections import ConfigDict
@@ -73,8 +72,8 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 500
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 16
-    config.train.early_epochs = 10.5  # first ones on smaller images: much less to compute
+    config.train.epochs = 10
+    config.train.early_epochs = 6.5  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 49
     config.train.validate_every_epochs = 2
