@@ -73,7 +73,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 500
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
     config.train.epochs = 10
-    config.train.early_epochs = 7  # first ones on smaller images: much less to compute
+    config.train.early_epochs = 7.0  # first ones on smaller images: much less to compute
     config.train.early_image_size = (24, 24)
     config.train.log_every_steps = 49
     config.train.validate_every_epochs = 2

@@ -55,6 +55,16 @@ def test_every_config_is_valid_and_takes_a_finite_step(name, monkeypatch):
     assert metrics["bad"] == 0 and np.isfinite(metrics["loss"]) and state.step == 1
 
 
+def test_a_field_has_one_type_in_all_configs():
+    # A float where another config has an int: only one of the two takes --config.field=0.5.
+    types = {}
+    for name in CONFIGS:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        for key, value in experiment.flatten(config).items():
+            types.setdefault(key, {}).setdefault(type(value), []).append(name)
+    assert {key: found for key, found in types.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
