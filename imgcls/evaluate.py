@@ -82,7 +82,8 @@ def evaluate(
         "images_per_second": round(trained / max(meta["train_seconds"], 1e-9), 1),
         "parameters": count_parameters(classifier.state.params),
         "class_names": list(examples.class_names),
-        **backend.describe(),
+        **meta.get("trained_by", backend.describe()),
+        "evaluated_by": backend.describe(),
         **scores,
     }
     if tta:

@@ -109,6 +109,7 @@ class _Run:
         self.meta: dict[str, Any] = {
             "class_names": list(self.class_names),
             "train_examples": len(self.splits["train"]),
+            "trained_by": backend.describe(),  # where and with what the run was started
             "cpu_kernels": kernels,
             "bits": backend.decides_bits(cpu_kernels=kernels),
             "validated_step": 0,

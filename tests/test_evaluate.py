@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from imgcls.evaluate import VIEWS
+from imgcls import backend, experiment, load
+from imgcls import evaluate as evaluation
 from imgcls.train import train_and_evaluate
 from tests.conftest import ROOT, as_users, small_config
 
@@ -56,6 +57,20 @@ def test_the_test_split_again_gives_the_same_and_is_counted(finished):
     assert json.loads(seals()[-1]).items() >= {"checkpoint": "latest", "step": 20}.items()
 
 
+def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished, monkeypatch):
+    before = read(finished / "results.json")
+    assert before["evaluated_by"] == {key: before[key] for key in before["evaluated_by"]}
+    elsewhere = {"device": "another", "versions": {}, "git_commit": "f" * 40}
+    classifier = load(finished)
+    (split,) = experiment.open_splits(classifier.config, "validation")
+    monkeypatch.setattr(backend, "describe", lambda: elsewhere)
+    after = evaluation.evaluate(
+        classifier, {"validation": split}, finished, split="validation", checkpoint="latest"
+    )
+    assert after["evaluated_by"] == elsewhere
+    assert all(after[key] == before[key] for key in elsewhere)
+
+
 def test_mistakes_are_refused_in_one_line(finished, tmp_path):
     for arguments, code, message in [
         ([f"--workdir={tmp_path}"], 2, "config.json does not exist"),
@@ -69,10 +84,10 @@ def test_mistakes_are_refused_in_one_line(finished, tmp_path):
 
 def test_views_are_shifts_and_mirror_images_of_the_picture():
     images = np.arange(2 * 5 * 6 * 1, dtype=np.uint8).reshape(2, 5, 6, 1)
-    plain, mirrored = VIEWS["flip"](images)
+    plain, mirrored = evaluation.VIEWS["flip"](images)
     np.testing.assert_array_equal(plain, images)
     np.testing.assert_array_equal(mirrored[:, :, ::-1], images)
-    views = VIEWS["shifts"](images)
+    views = evaluation.VIEWS["shifts"](images)
     np.testing.assert_array_equal(views[0], images)
     np.testing.assert_array_equal(views[2][:, 1:, 1:], images[:, :-1, :-1])
     np.testing.assert_array_equal(views[4][:, :-1, :-1], images[:, 1:, 1:])
