@@ -59,7 +59,6 @@ def test_the_test_split_again_gives_the_same_and_is_counted(finished):
 
 def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished, monkeypatch):
     before = read(finished / "results.json")
-    assert before["evaluated_by"] == {key: before[key] for key in before["evaluated_by"]}
     elsewhere = {"device": "another", "versions": {}, "git_commit": "f" * 40}
     classifier = load(finished)
     (split,) = experiment.open_splits(classifier.config, "validation")
