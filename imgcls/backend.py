@@ -1,7 +1,6 @@
 """What this machine's JAX is told, and what decides speed and bits on it."""
 
 import contextlib
-import ctypes
 import functools
 import glob
 import importlib.metadata
@@ -21,42 +20,21 @@ from imgcls.errors import CheckpointError
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h, the GNU C library's
 
 
-def start(*, tune_malloc: bool = True) -> None:
-    """Called by each command before JAX computes anything.
-
-    tune_malloc: in a process of our own, where the CPU computes.
-    """
-    visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
-    if tune_malloc and not visible:
-        _keep_freed_memory()
+def start() -> None:
+    """Called once by each command before JAX computes anything."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / "xla"
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
             "THIS MACHINE HAS AN ACCELERATOR (%s) BUT JAX RUNS ON THE CPU: install jax[cuda13] or "
             "jax[tpu] as the README says, or set JAX_PLATFORMS=cpu to silence this",
             visible[0],
         )
-
-
-def _keep_freed_memory() -> None:
-    """Makes malloc keep what is freed, unless the user has tuned it.
-
-    XLA allocates the buffers of every step anew, and the GNU C library's malloc maps and unmaps
-    large ones each time: 187,000 page faults, 7% of a step of the `cifar10` network in float32
-    (benchmarks/README.md). It must be told before JAX starts its threads.
-    """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
-            mallopt(parameter, value)
 
 
 @functools.cache

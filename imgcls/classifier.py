@@ -93,7 +93,7 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
         UserError, CheckpointError: see `imgcls.errors`.
     """
     workdir = Path(workdir)
-    backend.start(tune_malloc=False)  # the process may be somebody else's
+    backend.start()
     config = experiment.load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = str(checkpoints.find(checkpoint or config.eval.checkpoint))

@@ -141,7 +141,6 @@ def _break_seal(workdir: Path, checkpoint: str, step: int) -> None:
 def _main(_: list[str]) -> None:
     workdir = cli.required_workdir()
     split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
-    backend.start()
     classifier = load(workdir, checkpoint)
     config = classifier.config
     if not config.data[split]:

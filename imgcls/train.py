@@ -26,7 +26,7 @@ from imgcls.steps import eval_step, train_step
 from imgcls.stopping import StopSignal, interruptibly
 from imgcls.workdir import claim, read_json, write_json
 
-STEPS_AHEAD = 1  # batches given to the device before the first of them is waited for
+STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
