@@ -21,7 +21,12 @@ def machine() -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
-    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 bfloat16", "avx512f": "AVX-512"}
+    known = {
+        "amx_bf16": "AMX",
+        "avx512_bf16": "AVX-512 bfloat16",
+        "avx512f": "AVX-512",
+        "avx2": "AVX2",
+    }
     units = [name for flag, name in known.items() if flag in facts.get("flags", "").split()][:2]
     memory = psutil.virtual_memory().total / 2**30
     cpu = facts.get("model name", "an unknown CPU")

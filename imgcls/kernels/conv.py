@@ -130,7 +130,7 @@ def _relative_errors(dtype: str) -> list[jax.Array]:
     """Largest difference from lax over largest value: forward, input gradient, weight gradient."""
 
     def value_and_grads(function, x, w, grad):
-        window = {"window_strides": (2, 2), "padding": "SAME", "dimension_numbers": LAYOUT}
+        window = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT}
         value, pull = jax.vjp(functools.partial(function, **window), x, w)
         return [array.astype(jnp.float32) for array in (value, *pull(grad))]
 
@@ -141,5 +141,5 @@ def _relative_errors(dtype: str) -> list[jax.Array]:
         return [jnp.abs(a - b).max() / jnp.abs(b).max() for a, b in zip(ours, theirs)]
 
     rng = np.random.default_rng(0)
-    shapes = (2, 8, 8, 16), (3, 3, 16, 32), (2, 4, 4, 32)
+    shapes = (2, 8, 8, 16), (3, 3, 16, 32), (2, 8, 8, 32)
     return errors(*(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes))
