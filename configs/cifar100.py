@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.model.dense_widths = ()  # hidden fully connected layers
     config.model.dropout_rate = 0.1
     config.model.whiten = True  # a fixed first layer that decorrelates 2x2 patches
+    config.model.pad_whitening = False  # with zeros, so that the image keeps its size
     config.model.small_logits = False  # at first: the last layer starts near zero
     config.model.norm_momentum = 0.9  # of BatchNorm's running mean and variance
     config.model.dtype = "bfloat16"  # of the computation, where the device has it

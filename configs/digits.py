@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     config.model.dense_widths = (128,)  # hidden fully connected layers
     config.model.dropout_rate = 0.2
     config.model.whiten = False  # a fixed first layer that decorrelates 2x2 patches
+    config.model.pad_whitening = False  # with zeros, so that the image keeps its size
     config.model.small_logits = False  # at first: the last layer starts near zero
     config.model.norm_momentum = 0.9  # of BatchNorm's running mean and variance
     config.model.dtype = "float32"  # of the computation; or "bfloat16", where the device has it

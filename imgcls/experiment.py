@@ -253,7 +253,8 @@ def _check_pooling(config: ConfigDict, blocks: int) -> None:
     keys = ["data.image_size", *(["train.early_image_size"] if config.train.early_epochs else [])]
     for key in keys:
         section, name = key.split(".")
-        if min(config[section][name]) - config.model.whiten < 2**blocks:
+        smaller = config.model.whiten and not config.model.pad_whitening
+        if min(config[section][name]) - smaller < 2**blocks:
             raise UserError(
                 f"config.model.widths={config.model.widths} halves the image {blocks} times, too "
                 f"often for config.{key}={config[section][name]}"

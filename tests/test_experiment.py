@@ -121,6 +121,10 @@ def test_a_network_that_pools_more_often_than_the_image_allows_is_refused():
     early = small_config(train__early_epochs=1.0, train__early_image_size=(1, 1))
     with pytest.raises(UserError, match=r"too often for config.train.early_image_size=\(1, 1\)"):
         experiment.build_model(early, 10)
+    whitened = {"model__widths": (4, 4, 4), "model__whiten": True}  # 8x8 pixels
+    with pytest.raises(UserError, match="halves the image 3 times"):
+        experiment.build_model(small_config(**whitened), 10)
+    experiment.build_model(small_config(**whitened, model__pad_whitening=True), 10)
 
 
 def test_early_epochs_are_refused_where_they_cannot_be():

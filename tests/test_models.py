@@ -165,3 +165,15 @@ def test_the_whitening_layer_is_learned_by_nobody():
     np.testing.assert_array_equal(variables["batch_stats"]["whitening"], expected)
     _, updated = model.apply(variables, 2 * images, train=True, mutable=["batch_stats"])
     np.testing.assert_array_equal(updated["batch_stats"]["whitening"], expected)
+
+
+@pytest.mark.parametrize("pad, sizes", [(False, [31, 15, 7]), (True, [32, 16, 8])])
+def test_a_padded_whitening_layer_keeps_the_size_of_the_image(pad, sizes):
+    pooled = []
+
+    def pool(x):
+        pooled.append(x.shape[1])
+        return max_pool(x)
+
+    shapes_of("cnn", 32, widths=(8, 8, 8), whiten=True, pad_whitening=pad, pool=pool)
+    assert pooled[:3] == sizes

@@ -295,3 +295,29 @@ def test_the_child_ends_with_its_parent(number, copy):
         reader.send_signal(number)
         reader.communicate(timeout=30)  # until the child has closed its stderr, too
         assert reader.returncode
+
+
+DROPPED = """
+import os, signal, sys, time
+from imgcls.errors import UserError
+from imgcls.sources import prepare
+
+def drops_the_interrupt(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    except KeyboardInterrupt:
+        raise {error}("what came of it") from None
+
+prepare.prepare = drops_the_interrupt
+sys.exit(prepare.main())
+"""
+
+
+@pytest.mark.parametrize("error", ["UserError", "AttributeError"])
+def test_the_child_ends_silently_though_compiled_code_drops_the_interrupt(error, tmp_path):
+    command = [sys.executable, "-c", DROPPED.format(error=error), "toy", str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT) as child:
+        printed = child.stdout.read()  # to its end: until then its standard input stays open
+    assert (child.returncode, printed) == (143, b"")

@@ -61,7 +61,9 @@ class CNN(nn.Module):
     will do: two blocks suit 8x8 digits, six suit 224x224 photographs.
 
     With `whiten`, a first layer of fixed filters decorrelates the pixels of each 2x2 patch; it is
-    initialised from the images that the model is initialised on (see `whitening_filters`).
+    initialised from the images that the model is initialised on (see `whitening_filters`). It makes
+    an image smaller by one pixel a side, and pooling then drops the last row and column of each odd
+    size (31 to 15, 7 and 3); with `pad_whitening`, the size stays even (32 to 16, 8 and 4).
 
     Normalised images [B, H, W, C] -> logits float32 [B, num_classes].
     """
@@ -72,6 +74,7 @@ class CNN(nn.Module):
     dense_widths: tuple[int, ...] = ()  # hidden fully connected layers
     dropout_rate: float = 0.0  # before every fully connected layer
     whiten: bool = False
+    pad_whitening: bool = False  # with a row and a column of zeros, the mean colour
     small_logits: bool = False  # at first: the last layer starts near zero
     norm_momentum: float = 0.9  # of BatchNorm's running mean and variance
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
@@ -99,8 +102,9 @@ class CNN(nn.Module):
             # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach. Computed
             # in float32: it enlarges small differences, which rounded pixels would not have.
             kernel = self.variable("batch_stats", "whitening", lambda: whitening_filters(x))
+            padding = "SAME" if self.pad_whitening else "VALID"
             x = jax.lax.conv_general_dilated(
-                x.astype(jnp.float32), kernel.value, (1, 1), "VALID", dimension_numbers=LAYOUT
+                x.astype(jnp.float32), kernel.value, (1, 1), padding, dimension_numbers=LAYOUT
             )
             bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
             x = gelu(x + bias)

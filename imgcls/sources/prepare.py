@@ -25,6 +25,8 @@ from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileForma
 from imgcls.errors import UserError
 from imgcls.sources.tfds import check_features, find, has_array_record, load, one_line, parse
 
+_stopping = threading.Event()
+
 
 def prepare(name: str, root: Path) -> Path:
     """Returns the version directory of a dataset, now with array_record files."""
@@ -127,6 +129,7 @@ def _say(text: str) -> None:
 
 
 def _stop(*_: object) -> None:
+    _stopping.set()
     signal.alarm(10)  # whatever hangs then, the process ends
     raise KeyboardInterrupt  # lets TFDS remove what it has half made
 
@@ -146,11 +149,14 @@ def main() -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
             directory = prepare(name, Path(root))
-    except UserError as error:
+    except BaseException as error:
+        # Compiled code may drop the KeyboardInterrupt, and fail with anything in its place.
+        if _stopping.is_set() or isinstance(error, KeyboardInterrupt):
+            os._exit(128 + signal.SIGTERM)  # without waiting for the threads that download
+        if not isinstance(error, UserError):
+            raise
         print(error)
         return 2
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGTERM)  # without waiting for the threads that download
     print(directory)
     return 0
 
