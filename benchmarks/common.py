@@ -18,29 +18,39 @@ sys.path.insert(0, str(ROOT))  # a program in a folder does not see what is besi
 
 def machine() -> str:
     """Such as "2 cores of Intel(R) Xeon(R) Processor (AMX, AVX-512 bfloat16), 15 GiB"."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    memory = psutil.virtual_memory().total / 2**30
+    cpu = _cpu_facts().get("model name", "an unknown CPU")
+    return f"{psutil.cpu_count()} cores of {cpu} ({instructions()}), {memory:.0f} GiB"
+
+
+def instructions() -> str:
+    """The two latest sets that decide speed, such as "AMX, AVX-512 bfloat16"."""
     known = {
         "amx_bf16": "AMX",
         "avx512_bf16": "AVX-512 bfloat16",
         "avx512f": "AVX-512",
         "avx2": "AVX2",
     }
-    units = [name for flag, name in known.items() if flag in facts.get("flags", "").split()][:2]
-    memory = psutil.virtual_memory().total / 2**30
-    cpu = facts.get("model name", "an unknown CPU")
-    return f"{psutil.cpu_count()} cores of {cpu} ({', '.join(units)}), {memory:.0f} GiB"
+    flags = _cpu_facts().get("flags", "").split()
+    return ", ".join([name for flag, name in known.items() if flag in flags][:2])
+
+
+def _cpu_facts() -> dict[str, str]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in facts.items()}
 
 
 def write_result(name: str, part: str, values: dict[str, Any]) -> None:
-    """Puts the values, with machine, versions and commit, under `part` in results/<name>.json."""
+    """Puts the values, with machine, versions and commit, into results/<name>.json, under `part`
+    and the CPU's instructions: another CPU's figures stay."""
     from imgcls import backend
     from imgcls.workdir import read_json, write_json
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = read_json(path) if path.exists() else {}
+    part = f"{part}, {instructions()}"
     write_json(path, before | {part: {**values, "machine": machine(), **backend.describe()}})
     print(f"written: {path}, {part}", flush=True)
 

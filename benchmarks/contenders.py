@@ -28,7 +28,7 @@ def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> Con
     config = importlib.import_module(f"configs.{file}").get_config()
     if network == "airbench94":  # arXiv 2404.00498
         config.model.update(widths=(64, 256, 256), convs_per_block=2, dense_widths=())
-        config.model.update(dropout_rate=0.0, whiten=True, pad_whitening=False)
+        config.model.update(dropout_rate=0.0, whiten=True)
         config.train.batch_size = 1000
     config.model.dtype = dtype or config.model.dtype
     for key in config.augment:

@@ -1,7 +1,7 @@
 """The networks as a list of layers, and that list in each of the alternatives.
 
-Layers are (kind, *arguments): whiten (width, padding: frozen 2x2 filters, and a bias), conv (width,
-kernel, stride), pool (2x2 maximum), norm (whether it has a scale), gelu, relu, block (layers,
+Layers are (kind, *arguments): whiten (width: frozen 2x2 filters, and a bias), conv (width, kernel,
+stride), pool (2x2 maximum), norm (whether it has a scale), gelu, relu, block (layers,
 shortcut), max and mean (over the image), dropout (rate), dense (width).
 """
 
@@ -23,8 +23,7 @@ def layers_of(config: Any, num_classes: int) -> Layers:
                 layers.append(("block", body, projection if width != channels else ()))
                 channels = width
         return (*layers, ("mean",), ("dense", num_classes))
-    padding = "same" if m.pad_whitening else "valid"
-    layers = [("whiten", 8 * config.data.channels, padding), ("gelu",)] if m.whiten else []
+    layers = [("whiten", 8 * config.data.channels), ("gelu",)] if m.whiten else []
     for width in m.widths:
         for i in range(m.convs_per_block):
             layers += [("conv", width, 3, 1), *([("pool",)] if i == 0 else [])]
@@ -47,11 +46,11 @@ def linen(layers: Layers, dtype: str) -> Any:
         def follow(self, layers: Layers, x, train: bool):
             for kind, *a in layers:
                 if kind == "whiten":
-                    shape = (2, 2, x.shape[-1], a[0])
+                    shape = (2, 2, x.shape[-1], *a)
                     kernel = self.variable("batch_stats", "whitening", jax.numpy.full, shape, 0.3)
                     kernel, layout = kernel.value.astype(dtype), ("NHWC", "HWIO", "NHWC")
                     x = jax.lax.conv_general_dilated(
-                        x, kernel, (1, 1), a[1].upper(), dimension_numbers=layout
+                        x, kernel, (1, 1), "VALID", dimension_numbers=layout
                     )
                     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
                     x += bias.astype(dtype)
@@ -105,9 +104,7 @@ def keras_model(layers: Layers, image_shape: tuple[int, ...]) -> Any:
     def follow(layers: Layers, x):
         for kind, *a in layers:
             if kind == "whiten":
-                width, padding = a
-                filters = k.Conv2D(width, 2, padding=padding, use_bias=False, trainable=False)
-                x = Bias()(filters(x))
+                x = Bias()(k.Conv2D(*a, 2, use_bias=False, trainable=False)(x))
             elif kind == "block":
                 x = k.ReLU()(k.Add()([follow(a[0], x), follow(a[1], x)]))
             else:
@@ -130,8 +127,8 @@ def torch_module(layers: Layers) -> Any:
         def forward(self, x):
             return nn.functional.relu(self.body(x) + self.shortcut(x))
 
-    def whiten(width: int, padding: str) -> nn.Module:
-        filters = nn.Conv2d(width // 8, width, 2, padding=padding)
+    def whiten(width: int) -> nn.Module:
+        filters = nn.Conv2d(width // 8, width, 2)
         filters.weight.requires_grad_(False)
         return filters
 

@@ -19,6 +19,9 @@ from ml_collections import ConfigDict
 from imgcls.errors import CheckpointError
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
+# XLA would send convolutions to YNNPACK fusions, two to four times slower than its Eigen path: this
+# keeps YNNPACK for matrix products only.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
 
 
@@ -39,20 +42,15 @@ def start() -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, str] | None:
-    """Options for `jax.jit` on this backend, unless the user's own XLA_FLAGS decide.
-
-    On a CPU, XLA would send convolutions to YNNPACK fusions, two to four times slower than its
-    Eigen path; this keeps YNNPACK for matrix products only.
-    """
-    name = "xla_cpu_experimental_ynn_fusion_type"
-    if jax.default_backend() != "cpu" or name in os.environ.get("XLA_FLAGS", ""):
+    """Options for `jax.jit` on this backend, unless the user's own XLA_FLAGS decide."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.default_backend() != "cpu" or any(name in flags for name in CPU_OPTIONS):
         return None
-    options = {name: "LIBRARY_FUSION_TYPE_DOT"}
     try:
-        jax.jit(jnp.negative, compiler_options=options)(1.0)
-    except jax.errors.JaxRuntimeError:  # another jaxlib, without this option
+        jax.jit(jnp.negative, compiler_options=CPU_OPTIONS)(1.0)
+    except jax.errors.JaxRuntimeError:  # another jaxlib, without these options
         return None
-    return options
+    return CPU_OPTIONS
 
 
 def compute_dtype(config: ConfigDict) -> str:
@@ -70,15 +68,16 @@ def compute_dtype(config: ConfigDict) -> str:
 
 def choose_cpu_kernels(config: ConfigDict) -> bool:
     """Whether convolutions go to oneDNN: on one CPU device, where it loads and agrees with XLA."""
-    if (
-        config.model.cpu_kernels == "off"
-        or jax.default_backend() != "cpu"
-        or jax.device_count() > 1
-    ):
+    if config.model.cpu_kernels == "off":
         return False
-    from imgcls import kernels
+    if (platform := jax.default_backend()) != "cpu":
+        reason = f"oneDNN is for CPUs, not for {platform}"
+    elif (devices := jax.device_count()) > 1:
+        reason = f"oneDNN is for one device, not for {devices}"
+    else:
+        from imgcls import kernels
 
-    reason = kernels.unavailable(compute_dtype(config))
+        reason = kernels.unavailable(compute_dtype(config))
     if reason:
         logging.info("convolutions run on plain XLA: %s", reason)
     return not reason
@@ -171,13 +170,17 @@ def describe() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, with "+" where files were changed since; None outside a checkout."""
+    """The commit of this code, with "+" where files were changed since; None outside a checkout.
+
+    The results of benchmarks do not count: each would make the next one's commit look changed.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -105,30 +105,6 @@ def test_weight_gradients_are_summed_and_given_in_float32(dtype):
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "w_shape", "padding"),
-    [
-        ((5, 7, 7, 24), (3, 3, 24, 40), "SAME"),
-        ((4, 11, 9, 6), (3, 2, 6, 10), [(1, 2), (0, 1)]),
-        ((3, 1, 1, 8), (3, 3, 8, 4), "SAME"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("turned", [False, True])
-def test_weight_gradients_are_those_of_lax_whichever_way(
-    x_shape, w_shape, padding, turned, monkeypatch
-):
-    monkeypatch.setattr(onednn, "_turns", lambda kind, _: turned and kind == "weight_grad")
-    # Targets are registered for the whole process, by names that do not know of the patch.
-    monkeypatch.setattr(onednn, "identity", lambda: {"turned": turned})
-    x, w = normal(0, *x_shape), normal(1, *w_shape)
-    ours, exact = (
-        jax.jit(functools.partial(pull, function, padding=padding))(x, w)
-        for function in (convolve, lax_convolve)
-    )
-    assert_close(ours, exact)
-
-
-@pytest.mark.parametrize(
     ("settings", "shape"),
     [
         ({}, (9, 9, 3)),
@@ -296,31 +272,6 @@ def test_an_exception_in_a_target_is_an_xla_error():
             jax.block_until_ready(function(jnp.ones(4)))
 
 
-def test_target_names_hash_the_whole_key(monkeypatch):
-    # Not every CPU can build them all, and nothing calls them.
-    monkeypatch.setattr(onednn, "build", lambda kind, conv: None)
-    monkeypatch.setattr(onednn, "identity", lambda: "nobody's")
-    base = onednn.Convolution(
-        x=(2, 8, 8, 4),
-        w=(3, 3, 4, 4),
-        y=(2, 8, 8, 4),
-        strides=(1, 1),
-        padding=((1, 1), (1, 1)),
-        dtype="float32",
-    )
-    others = [
-        {"x": (3, 8, 8, 4), "y": (3, 8, 8, 4)},
-        {"w": (3, 3, 4, 8), "y": (2, 8, 8, 8)},
-        {"strides": (2, 2), "y": (2, 4, 4, 4)},
-        {"padding": ((2, 0), (1, 1))},
-        {"dtype": "bfloat16"},
-    ]
-    convolutions = [base] + [onednn.Convolution(**vars(base) | change) for change in others]
-    names = [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
-    assert len(set(names)) == len(names)
-    assert names == [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
-
-
 def run_python(source: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", source, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -394,20 +345,3 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
             assert "no-such-wheel" in reason()
     finally:
         kernels.unavailable.cache_clear()
-
-
-@pytest.mark.parametrize("isa, expected", [(0x27, False), (0xE7, True), (0xFEF, True)])
-def test_instructions_for_bfloat16_are_known(isa, expected, monkeypatch):
-    """AVX-512, the same with bfloat16, and AMX: values of dnnl_cpu_isa_t."""
-    library = onednn._runtime().library
-    monkeypatch.setattr(library, "dnnl_get_effective_cpu_isa", lambda: isa)
-    assert kernels.has_bfloat16() is expected
-    monkeypatch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
-    monkeypatch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
-    assert not kernels.has_bfloat16()
-
-
-def test_identity_names_what_decides_the_bits():
-    identity = kernels.identity()
-    assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}
-    assert identity["onednn"].startswith("3.") and identity["openmp_threads"] >= 1

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from imgcls.models import MODELS
 from imgcls.models.cnn import LAYOUT, partial_identity, whitening_filters
-from imgcls.models.common import BatchNorm, max_pool
+from imgcls.models.common import BatchNorm, batch_norm, max_pool
 from imgcls.state import count_parameters
 
 
@@ -94,9 +94,10 @@ def test_max_pool_is_linens_and_so_is_its_gradient(dtype):
 
 
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2**-7)])
+@pytest.mark.parametrize("shape", [(8, 5, 6, 16), (3, 17, 2, 8), (40, 8)], ids=str)
 @pytest.mark.parametrize("use_scale", [True, False])
-def test_batch_norm_is_linens_and_so_are_its_gradients(dtype, error, use_scale):
-    x = (3 * jax.random.normal(jax.random.key(0), (8, 5, 6, 16)) + 2).astype(dtype)
+def test_batch_norm_is_linens_and_so_are_its_gradients(dtype, error, shape, use_scale):
+    x = (3 * jax.random.normal(jax.random.key(0), shape) + 2).astype(dtype)
     weights = jax.random.normal(jax.random.key(1), x.shape)
 
     def results(module):
@@ -120,6 +121,25 @@ def test_batch_norm_is_linens_and_so_are_its_gradients(dtype, error, use_scale):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         np.testing.assert_allclose(a, b, rtol=error, atol=error, err_msg=str(path))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+
+
+@pytest.mark.parametrize("operation", ["max_pool", "batch_norm"])
+def test_pooling_and_batch_norm_under_vmap_and_scan(operation):
+    function = {
+        "max_pool": max_pool,
+        "batch_norm": lambda x: batch_norm(x, jnp.full(3, 2.0), jnp.ones(3), 1e-5)[0],
+    }[operation]
+    xs = jax.random.normal(jax.random.key(0), (5, 2, 6, 4, 3))
+
+    def value_and_input_gradient(x):
+        value, pull = jax.vjp(function, x)
+        return value, *pull(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
+
+    each = [jnp.stack(outputs) for outputs in zip(*map(value_and_input_gradient, xs))]
+    mapped = jax.jit(jax.vmap(value_and_input_gradient))(xs)
+    scanned = jax.lax.scan(lambda carry, x: (carry, value_and_input_gradient(x)), None, xs)[1]
+    for ours in (mapped, scanned):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), list(ours), each)
 
 
 @pytest.mark.parametrize("preactivation", [False, True])

@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DISTRIBUTION, LIBRARY = "onednn-cpu-gomp", "libdnnl.so.3"
 
@@ -24,6 +24,7 @@ OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
 AVX2, AVX512_CORE, AVX512_CORE_BF16 = 0x4, 0x20, 0x80
 ALLOCATE = C.c_void_p(-1)
 PAGE = 4096  # copies begin on one
+QUICK_BYTES = 8 * 2**20  # copied before another thread would give the GIL back
 # The largest images and gradients that `_turned_weight_grad` is for.
 TURNED_PIXELS, TURNED_BYTES = 15 * 15, 16 * 2**20
 
@@ -109,7 +110,8 @@ class _Runtime:
         (source, src), (target, dst) = source, target
         layouts = source, self.engine, target, self.engine
         desc = self.make("reorder_primitive_desc_create", *layouts, self.attr)
-        return self.primitive(self.quick, desc, {SRC: src, DST: dst})
+        quick = self.library.dnnl_memory_desc_get_size(target) <= QUICK_BYTES
+        return self.primitive(self.quick if quick else self.library, desc, {SRC: src, DST: dst})
 
     def primitive(self, library: C.CDLL, desc: C.c_void_p, memories: dict) -> Callable[[], None]:
         """A function that executes `desc`, by a call through `library`, on {number: memory}."""
@@ -125,7 +127,7 @@ _threads: int | None = None
 
 
 def use_threads(number: int) -> None:
-    """Sets the number of OpenMP threads of what is built from now on."""
+    """Sets the number of OpenMP threads of what is built or executed from now on."""
     global _threads
     _threads = number
 
@@ -172,7 +174,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
         if not rt.library.dnnl_memory_desc_equal(dense, wanted):
             used[number] = rt.memory(wanted)
             copies.append((used[number], size))
-            size += -(-rt.library.dnnl_memory_desc_get_size(wanted) // PAGE) * PAGE
+            size += _whole_pages(rt.library.dnnl_memory_desc_get_size(wanted))
             ends = (dense, given[-1]), (wanted, used[number])
             if number == arrays[-1][0]:
                 after.append(rt.copy(*reversed(ends)))
@@ -184,7 +186,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
     def run(*addresses: int) -> None:
         with rt.lock:
             _set_threads()
-            workspace = -(-C.addressof(rt.workspace) // PAGE) * PAGE
+            workspace = _whole_pages(C.addressof(rt.workspace))
             for memory, address in zip(given, addresses, strict=True):
                 rt.set_address(memory, address)
             for memory, offset in copies:
@@ -236,14 +238,7 @@ def _turned_weight_grad(conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
     """
     rt = _runtime()
     (n, h, w, c), (_, out_h, out_w, o) = conv.x, conv.y
-    turned = Convolution(
-        x=(c, h, w, n),
-        w=(out_h, out_w, n, o),
-        y=(c, *conv.w[:2], o),
-        strides=(1, 1),
-        padding=conv.padding,
-        dtype=conv.dtype,
-    )
+    turned = replace(conv, x=(c, h, w, n), w=(out_h, out_w, n, o), y=(c, *conv.w[:2], o))
     x, dw = (rt.layout(shape, NHWC, conv.dtype) for shape in (turned.x, turned.y))
     desc = _convolution_desc("forward", turned, x, dw)
     channel_first, input_first = (3, 0, 1, 2), (2, 3, 0, 1)
@@ -270,6 +265,10 @@ def _convolution_desc(kind: str, conv: Convolution, x: C.c_void_p, y: C.c_void_p
         return make("backward_data", DIRECT, x, w, y, *window, forward)
     w = rt.layout(conv.w, HWIO, "float32", dense=False)
     return make("backward_weights", DIRECT, x, w, None, y, *window, forward)
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
 
 
 def _int64s(values: Iterable[int]) -> C.Array:

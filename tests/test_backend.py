@@ -1,0 +1,43 @@
+"""What JAX is told, and what is said of the machine."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imgcls import backend
+from tests.conftest import small_config
+
+compiler_options = backend.compiler_options.__wrapped__  # not what an earlier call found
+
+
+def test_a_cpu_compiles_with_our_options_unless_the_user_names_one(monkeypatch):
+    assert compiler_options() == backend.CPU_OPTIONS
+    assert jax.jit(jnp.negative, compiler_options=compiler_options())(2.0) == -2
+    (name,) = backend.CPU_OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_NONE")
+    assert compiler_options() is None
+
+
+def test_another_backend_is_told_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options() is None
+
+
+def test_a_jaxlib_that_does_not_know_an_option_goes_without(monkeypatch):
+    monkeypatch.setattr(backend, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    assert compiler_options() is None
+
+
+@pytest.mark.parametrize("platform, devices", [("gpu", 1), ("tpu", 8), ("cpu", 4)])
+def test_one_line_says_why_convolutions_are_not_onednns(platform, devices, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    caplog.set_level("INFO")
+    assert not backend.choose_cpu_kernels(small_config())
+    (record,) = caplog.records
+    reason = platform if platform != "cpu" else devices
+    assert record.message.startswith("convolutions run on plain XLA: ")
+    assert record.message.endswith(f", not for {reason}")
+    caplog.clear()
+    assert not backend.choose_cpu_kernels(small_config(model__cpu_kernels="off"))
+    assert not caplog.records  # it was asked for

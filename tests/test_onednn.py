@@ -1,0 +1,102 @@
+"""What is built for a convolution, under which name, and what is known of the library."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import pytest
+
+from imgcls import kernels
+from imgcls.kernels import conv, onednn
+from tests.test_kernels import assert_close, convolve, lax_convolve, normal, pull
+
+BASE = onednn.Convolution(
+    x=(2, 8, 8, 4),
+    w=(3, 3, 4, 4),
+    y=(2, 8, 8, 4),
+    strides=(1, 1),
+    padding=((1, 1), (1, 1)),
+    dtype="float32",
+)
+
+
+def test_target_names_hash_the_whole_key(monkeypatch):
+    # Not every CPU can build them all, and nothing calls them.
+    monkeypatch.setattr(onednn, "build", lambda kind, conv: None)
+    monkeypatch.setattr(onednn, "identity", lambda: "nobody's")
+    others = [
+        {"x": (3, 8, 8, 4), "y": (3, 8, 8, 4)},
+        {"w": (3, 3, 4, 8), "y": (2, 8, 8, 8)},
+        {"strides": (2, 2), "y": (2, 4, 4, 4)},
+        {"padding": ((2, 0), (1, 1))},
+        {"dtype": "bfloat16"},
+    ]
+    convolutions = [BASE, *(replace(BASE, **change) for change in others)]
+    names = [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
+    assert len(set(names)) == len(names)
+    assert names == [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
+    monkeypatch.setattr(onednn, "identity", lambda: "another library's")
+    assert conv.target("forward", BASE) not in names
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "padding"),
+    [
+        ((5, 7, 7, 24), (3, 3, 24, 40), "SAME"),
+        ((4, 11, 9, 6), (3, 2, 6, 10), [(1, 2), (0, 1)]),
+        ((3, 1, 1, 8), (3, 3, 8, 4), "SAME"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_weight_gradients_are_those_of_lax_whichever_way(
+    x_shape, w_shape, padding, turned, monkeypatch
+):
+    monkeypatch.setattr(onednn, "_turns", lambda kind, _: turned and kind == "weight_grad")
+    # Targets are registered for the whole process, by names that do not know of the patch.
+    monkeypatch.setattr(onednn, "identity", lambda: {"turned": turned})
+    x, w = normal(0, *x_shape), normal(1, *w_shape)
+    ours, exact = (
+        jax.jit(functools.partial(pull, function, padding=padding))(x, w)
+        for function in (convolve, lax_convolve)
+    )
+    assert_close(ours, exact)
+
+
+@pytest.mark.parametrize(
+    "isa, kind, change, expected",
+    [
+        (0x7, "weight_grad", {}, True),
+        (0x27, "weight_grad", {}, False),  # AVX-512 has its own kernels
+        (0x3, "weight_grad", {}, False),  # no AVX2
+        (0x7, "forward", {}, False),
+        (0x7, "weight_grad", {"dtype": "bfloat16"}, False),
+        (0x7, "weight_grad", {"strides": (2, 2), "y": (2, 4, 4, 4)}, False),
+        (0x7, "weight_grad", {"x": (2, 16, 16, 4), "y": (2, 16, 16, 4)}, False),
+        (0x7, "weight_grad", {"w": (3, 3, 4, 2**16), "y": (2, 8, 8, 2**16)}, False),
+        (0x7, "weight_grad", {"w": (1, 1, 4, 4)}, False),
+        (0x7, "weight_grad", {"x": (0, 8, 8, 4), "y": (0, 8, 8, 4)}, False),
+    ],
+)
+def test_weight_gradients_are_turned_only_where_that_was_faster(
+    isa, kind, change, expected, monkeypatch
+):
+    monkeypatch.setattr(onednn._runtime().library, "dnnl_get_effective_cpu_isa", lambda: isa)
+    assert onednn._turns(kind, replace(BASE, **change)) is expected
+
+
+@pytest.mark.parametrize("isa, expected", [(0x27, False), (0xE7, True), (0xFEF, True)])
+def test_instructions_for_bfloat16_are_known(isa, expected, monkeypatch):
+    """AVX-512, the same with bfloat16, and AMX: values of dnnl_cpu_isa_t."""
+    library = onednn._runtime().library
+    monkeypatch.setattr(library, "dnnl_get_effective_cpu_isa", lambda: isa)
+    assert kernels.has_bfloat16() is expected
+    monkeypatch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
+    monkeypatch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
+    assert not kernels.has_bfloat16()
+
+
+def test_identity_names_what_decides_the_bits():
+    identity = kernels.identity()
+    assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}
+    assert identity["onednn"].startswith("3.") and identity["openmp_threads"] >= 1
