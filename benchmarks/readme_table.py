@@ -43,6 +43,7 @@ def _row(summary: dict[str, Any]) -> list[str]:
         accuracy += f" ({round(run['top1'] * run['examples'])}/{run['examples']})"
     interval = " to ".join(f"{100 * bound:.2f}" for bound in top1["interval"])
     time = f"{seconds['command'] or seconds['inside']:.0f} s"
+    time += "" if seconds["command"] else " inside"
     commit = (summary["git_commit"] or "unknown")[:9]
     commit += "+" if (summary["git_commit"] or "").endswith("+") else ""
     rate = f"{summary['images_per_second']:.0f}"

@@ -2,10 +2,10 @@
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
 
-Test top-1 93.37%, the mean of three seeds (93.34, 93.58, 93.20), 1161 s for the whole command on 2
-cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training accuracy was 97%. The recipe follows
-airbench94_muon (Keller Jordan), wider, in smaller batches, and with smaller images in the first
-epochs.
+Test top-1 93.37%, the mean of three seeds (93.34, 93.58, 93.20; 95% interval of the mean: 92.90 to
+93.85), 1161 s for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX). Training
+accuracy was 97%. The recipe follows airbench94_muon (Keller Jordan), wider, in smaller batches, and
+with smaller images in the first epochs.
 """
 
 from ml_collections import ConfigDict

@@ -131,7 +131,7 @@ def test_a_table_row_tells_what_its_figures_are_over(tmp_path):
     many, missing, one = table.splitlines()[2:5]
     assert many.startswith("| `many` |") and "| 3 seeds | 21 s | 100 | aaaaaaaaa |" in many
     assert missing.startswith("| `missing` | not run to the end yet |")
-    assert one.startswith("| `one` (a note) |") and "examples, one seed | 15 s |" in one
+    assert one.startswith("| `one` (a note) |") and "examples, one seed | 15 s inside |" in one
     correct = round(300 * top1_of(tmp_path / "s"))
     assert f"({correct}/300)" in one
     assert "`many`, `one`: a laptop; jax 1." in table
