@@ -2,8 +2,11 @@
 
     python main.py --config=configs/cifar10_wide.py --workdir=runs/cifar10_wide
 
-It trains on all of `train`: what it does otherwise than configs/cifar10.py was chosen on validation
-splits (benchmarks/README.md).
+Test top-1 94.06% (9406/10000; 95% interval of this one seed, over examples: 93.58 to 94.51), 5618 s
+for the whole command on 2 cores of an AMD EPYC (AVX2), in float32, with a few minutes of tests
+beside it. Training accuracy was 98%. It trains on all of `train` and validates on nothing: its
+recipe was put together from what paid on validation splits (benchmarks/README.md), and was not
+tuned as a whole.
 """
 
 from ml_collections import ConfigDict

@@ -129,7 +129,7 @@ def unavailable(dtype: jax.typing.DTypeLike) -> str | None:
 def _relative_errors(dtype: str) -> list[jax.Array]:
     """Largest difference from lax over largest value: forward, input gradient, weight gradient.
 
-    The larger of those with stride 1 and 2, which oneDNN may compute in different ways.
+    The larger of those with stride 1, whose weight gradient `onednn` may turn, and with stride 2.
     """
 
     def value_and_grads(function, stride, x, w, grad):
@@ -148,5 +148,5 @@ def _relative_errors(dtype: str) -> list[jax.Array]:
         return [jnp.maximum(*pair) for pair in zip(*found)]
 
     rng = np.random.default_rng(0)
-    shapes = (2, 8, 8, 16), (3, 3, 16, 32), (2, 8, 8, 32)
+    shapes = (2, 4, 4, 16), (3, 3, 16, 32), (2, 4, 4, 32)
     return errors(*(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes))

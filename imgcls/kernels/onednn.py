@@ -26,7 +26,7 @@ ALLOCATE = C.c_void_p(-1)
 PAGE = 4096  # copies begin on one
 QUICK_BYTES = 8 * 2**20  # copied before another thread would give the GIL back
 # The largest images and gradients that `_turned_weight_grad` is for.
-TURNED_PIXELS, TURNED_BYTES = 15 * 15, 16 * 2**20
+TURNED_PIXELS, TURNED_BYTES = 5 * 5, 16 * 2**20
 
 # The arrays of each kind of computation, operands before the result, and oneDNN's number for each.
 KINDS = {
@@ -210,11 +210,11 @@ def _as_it_is(kind: str, conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
 
 
 def _turns(kind: str, conv: Convolution) -> bool:
-    """Whether `_turned_weight_grad` is faster: on an AMD EPYC without AVX-512 up to 2.8 times.
+    """Whether `_turned_weight_grad` is faster: on an AMD EPYC without AVX-512 1.2 to 2.9 times.
 
     On larger images it was slower, and with larger gradients, which have to stay in the cache:
-    every channel of x reads them anew. With AVX-512, where oneDNN has its newer kernels for weight
-    gradients, too, it was not tried.
+    every channel of x reads them anew (benchmarks/README.md). With AVX-512, where oneDNN has its
+    newer kernels for weight gradients, too, it was not tried.
     """
     instructions = _runtime().library.dnnl_get_effective_cpu_isa()
     height, width = conv.x[1:3]
