@@ -210,12 +210,12 @@ def _as_it_is(kind: str, conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
 
 
 def _turns(kind: str, conv: Convolution) -> bool:
-    """Whether `_turned_weight_grad` is faster: on an AMD EPYC without AVX-512 1.2 to 2.9 times, from
-    32 channels on (with 16 it made no difference).
+    """Whether `_turned_weight_grad` is faster: on an AMD EPYC without AVX-512 1.2 to 2.9 times.
 
-    On larger images it was slower, and with larger gradients, which have to stay in the cache:
-    every channel of x reads them anew (benchmarks/README.md). With AVX-512, where oneDNN has its
-    newer kernels for weight gradients, too, it was not tried.
+    With 16 channels it made no difference. On larger images it was slower, and with larger
+    gradients, which have to stay in the cache: every channel of x reads them anew
+    (benchmarks/README.md). With AVX-512, where oneDNN has its newer kernels for weight gradients,
+    too, it was not tried.
     """
     instructions = _runtime().library.dnnl_get_effective_cpu_isa()
     height, width = conv.x[1:3]
