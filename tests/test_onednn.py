@@ -23,6 +23,7 @@ BASE = onednn.Convolution(
 def test_target_names_hash_the_whole_key(monkeypatch):
     # Not every CPU can build them all, and nothing calls them.
     monkeypatch.setattr(onednn, "build", lambda kind, conv: None)
+    monkeypatch.setattr(onednn, "algorithm", lambda kind, conv: "direct")
     monkeypatch.setattr(onednn, "identity", lambda: "nobody's")
     others = [
         {"x": (3, 4, 4, 4), "y": (3, 4, 4, 4)},
@@ -35,6 +36,8 @@ def test_target_names_hash_the_whole_key(monkeypatch):
     names = [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
     assert len(set(names)) == len(names)
     assert names == [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
+    monkeypatch.setattr(onednn, "algorithm", lambda kind, conv: "winograd")
+    assert conv.target("forward", BASE) not in names
     monkeypatch.setattr(onednn, "identity", lambda: "another library's")
     assert conv.target("forward", BASE) not in names
 
@@ -52,15 +55,80 @@ def test_target_names_hash_the_whole_key(monkeypatch):
 def test_weight_gradients_are_those_of_lax_whichever_way(
     x_shape, w_shape, padding, turned, monkeypatch
 ):
-    monkeypatch.setattr(onednn, "_turns", lambda kind, _: turned and kind == "weight_grad")
-    # Targets are registered for the whole process, by names that do not know of the patch.
-    monkeypatch.setattr(onednn, "identity", lambda: {"turned": turned})
+    ways = {"weight_grad": "turned"} if turned else {}
+    monkeypatch.setattr(onednn, "algorithm", lambda kind, _: ways.get(kind, "direct"))
+    assert_gives_what_lax_gives(x_shape, w_shape, padding)
+
+
+def assert_gives_what_lax_gives(x_shape, w_shape, padding):
     x, w = normal(0, *x_shape), normal(1, *w_shape)
     ours, exact = (
         jax.jit(functools.partial(pull, function, padding=padding))(x, w)
         for function in (convolve, lax_convolve)
     )
     assert_close(ours, exact)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape"),
+    [
+        ((5, 8, 8, 32), (3, 3, 32, 64)),
+        ((3, 7, 10, 24), (3, 3, 24, 40)),  # no whole tiles, no whole blocks of channels
+        ((3, 1, 1, 16), (3, 3, 16, 16)),
+        ((40, 8, 8, 256), (3, 3, 256, 256)),
+    ],
+    ids=str,
+)
+def test_winograd_gives_what_lax_gives(x_shape, w_shape, monkeypatch):
+    if not HAS_WINOGRAD:
+        pytest.skip("oneDNN has Winograd convolutions with AVX-512 alone")
+    monkeypatch.setattr(onednn, "algorithm", lambda kind, _: "winograd")
+    assert_gives_what_lax_gives(x_shape, w_shape, "SAME")
+
+
+WORTH_WINOGRAD = replace(BASE, x=(128, 4, 4, 64), w=(3, 3, 64, 64), y=(128, 4, 4, 64))
+HAS_WINOGRAD = onednn.algorithm("forward", WORTH_WINOGRAD) == "winograd"
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, True),
+        ({"w": (3, 3, 24, 64), "x": (128, 4, 4, 24)}, True),
+        ({"w": (3, 3, 16, 64), "x": (128, 4, 4, 16)}, False),
+        ({"w": (3, 3, 32, 32), "x": (128, 4, 4, 32), "y": (128, 4, 4, 32)}, False),
+        ({"x": (127, 4, 4, 64), "y": (127, 4, 4, 64)}, False),  # too few tiles
+        ({"x": (128, 5, 5, 64), "y": (128, 5, 5, 64)}, False),  # tiles of which 25 in 64 are used
+        ({"x": (128, 6, 6, 64), "y": (128, 6, 6, 64)}, True),
+        ({"x": (0, 4, 4, 64), "y": (0, 4, 4, 64)}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"strides": (2, 2), "x": (128, 8, 8, 64)}, False),
+        ({"w": (1, 1, 64, 64)}, False),
+        ({"padding": ((2, 0), (1, 1))}, False),
+    ],
+    ids=str,
+)
+def test_winograd_is_for_what_it_makes_faster(change, expected):
+    assert onednn._suits_winograd(replace(WORTH_WINOGRAD, **change)) is expected
+
+
+def test_without_winograd_kernels_convolutions_are_direct(monkeypatch):
+    def without(kind, conv, how):
+        if how == "winograd":
+            raise NotImplementedError
+
+    monkeypatch.setattr(onednn, "_as_it_is", without)
+    for kind in onednn.KINDS:
+        assert onednn.algorithm.__wrapped__(kind, WORTH_WINOGRAD) != "winograd"
+
+
+def test_what_executions_need_besides_is_shared():
+    """Or each of a network's convolutions would hold hundreds of MiB."""
+    onednn.build("forward", WORTH_WINOGRAD)
+    before = onednn._runtime().workspace
+    onednn.build("input_grad", WORTH_WINOGRAD)
+    onednn.build("weight_grad", BASE)
+    assert onednn._runtime().workspace is before
 
 
 @pytest.mark.parametrize(
@@ -100,3 +168,15 @@ def test_identity_names_what_decides_the_bits():
     identity = kernels.identity()
     assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}
     assert identity["onednn"].startswith("3.") and identity["openmp_threads"] >= 1
+
+
+def test_the_start_up_check_takes_every_way_that_this_cpu_has():
+    def same_size(images, pixels, c, o):
+        x, y = (images, pixels, pixels, c), (images, pixels, pixels, o)
+        return onednn.Convolution(x, (3, 3, c, o), y, (1, 1), ((1, 1), (1, 1)), "float32")
+
+    convolutions = [same_size(*case) for stride, *case in conv.CHECKED if stride == 1]
+    ways = {onednn.algorithm(kind, c) for kind in onednn.KINDS for c in convolutions}
+    isa = onednn._runtime().library.dnnl_get_effective_cpu_isa()
+    expected = {"winograd"} if HAS_WINOGRAD else {"turned"} if isa & onednn.AVX2 else set()
+    assert ways == {"direct", *expected}

@@ -15,6 +15,9 @@ from imgcls.kernels.onednn import HWIO, NHWC, Convolution
 
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
+# Stride, images, pixels a side, channels in and out of the convolutions that it computes: with
+# stride 1 a weight gradient may be turned, and only the last is large enough for Winograd.
+CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64)
 
 _registered: set[str] = set()
 _registering = threading.Lock()
@@ -97,7 +100,7 @@ def target(kind: str, conv: Convolution) -> str:
     Its name hashes all that it depends on, so that a program from the persistent compilation cache
     finds the right one in any process.
     """
-    key = f"{kind} {conv} {onednn.identity()}"
+    key = f"{kind} {conv} {onednn.algorithm(kind, conv)} {onednn.identity()}"
     name = f"imgcls_conv_{kind}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _registering:
         if name not in _registered:
@@ -129,24 +132,27 @@ def unavailable(dtype: jax.typing.DTypeLike) -> str | None:
 def _relative_errors(dtype: str) -> list[jax.Array]:
     """Largest difference from lax over largest value: forward, input gradient, weight gradient.
 
-    The larger of those with stride 1, whose weight gradient `onednn` may turn, and with stride 2.
+    The largest of those of CHECKED, which between them take each way of `onednn.algorithm`.
     """
 
     def value_and_grads(function, stride, x, w, grad):
         window = {"window_strides": (stride,) * 2, "padding": "SAME", "dimension_numbers": LAYOUT}
         value, pull = jax.vjp(functools.partial(function, **window), x, w)
-        grads = pull(grad[:, ::stride, ::stride])
-        return [array.astype(jnp.float32) for array in (value, *grads)]
+        return [array.astype(jnp.float32) for array in (value, *pull(grad))]
 
     @jax.jit
-    def errors(*arrays):
+    def errors(*operands):
         found = []
-        for stride in (1, 2):
+        for (stride, *_), arrays in zip(CHECKED, operands):
             ours = value_and_grads(conv_general_dilated, stride, *arrays)
             theirs = value_and_grads(lax.conv_general_dilated, stride, *arrays)
             found.append([jnp.abs(a - b).max() / jnp.abs(b).max() for a, b in zip(ours, theirs)])
-        return [jnp.maximum(*pair) for pair in zip(*found)]
+        return [jnp.stack(kind).max() for kind in zip(*found)]
 
     rng = np.random.default_rng(0)
-    shapes = (2, 4, 4, 16), (3, 3, 16, 32), (2, 4, 4, 32)
-    return errors(*(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes))
+
+    def arrays(stride, n, pixels, c, o):
+        shapes = (n, pixels, pixels, c), (3, 3, c, o), (n, pixels // stride, pixels // stride, o)
+        return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
+
+    return errors(*(arrays(*case) for case in CHECKED))

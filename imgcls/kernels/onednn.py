@@ -1,9 +1,10 @@
 """Convolutions by oneDNN, called through ctypes on the addresses of dense NHWC and HWIO arrays.
 
 The library is that of the wheel `onednn-cpu-gomp` (Linux, x86-64); the numbers are those of
-oneapi/dnnl/dnnl_types.h, version 3.
+oneapi/dnnl/dnnl_types.h, version 3. It is held at oneDNN 3.1: with 3.2, Winograd went.
 """
 
+import contextlib
 import ctypes as C
 import functools
 import importlib.metadata
@@ -14,15 +15,14 @@ from dataclasses import dataclass, replace
 
 DISTRIBUTION, LIBRARY = "onednn-cpu-gomp", "libdnnl.so.3"
 
-CPU, IN_ORDER, FORWARD_TRAINING, DIRECT, ANY_LAYOUT, USER_SCRATCHPAD = 1, 1, 64, 1, 1, 1
+CPU, IN_ORDER, FORWARD_TRAINING, ANY_LAYOUT, USER_SCRATCHPAD = 1, 1, 64, 1, 1
 DTYPES = {"float32": 3, "bfloat16": 2}
 SRC, DST, WEIGHTS, SCRATCHPAD = 1, 17, 33, 80
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
-QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136
+QUERY_SCRATCHPAD = 136
 OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
 # The bits of dnnl_cpu_isa_t that these sets add, and later ones contain.
 AVX2, AVX512_CORE, AVX512_CORE_BF16 = 0x4, 0x20, 0x80
-ALLOCATE = C.c_void_p(-1)
 PAGE = 4096  # copies begin on one
 QUICK_BYTES = 8 * 2**20  # copied before another thread would give the GIL back
 # The largest images and gradients that `_turned_weight_grad` is for.
@@ -34,6 +34,9 @@ KINDS = {
     "input_grad": {"y": DIFF_DST, "w": WEIGHTS, "x": DIFF_SRC},
     "weight_grad": {"x": SRC, "y": DIFF_DST, "w": DIFF_WEIGHTS},
 }
+# The queries for the layouts that a primitive wants them in.
+QUERIES = {SRC: 129, DIFF_SRC: 130, WEIGHTS: 131, DIFF_WEIGHTS: 132, DST: 133, DIFF_DST: 134}
+ALGORITHMS = {"direct": 1, "winograd": 2}
 NHWC, HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # their axes in oneDNN's order: N, C, H, W and O, I, H, W
 
 
@@ -58,6 +61,13 @@ class _Argument(C.Structure):
     _fields_ = [("number", C.c_int), ("memory", C.c_void_p)]
 
 
+@dataclass(frozen=True)
+class _Step:
+    run: Callable[[], None]
+    scratch: C.c_void_p  # memory of `scratch_size` bytes that it writes and nobody reads
+    scratch_size: int
+
+
 class _Runtime:
     """The loaded library, and what all convolutions of the process share."""
 
@@ -76,7 +86,7 @@ class _Runtime:
         _check(self.library.dnnl_primitive_attr_set_scratchpad_mode(self.attr, USER_SCRATCHPAD))
         # One execution at a time: a primitive's memory serves one, and each one occupies all cores.
         self.lock = threading.Lock()
-        self.workspace = C.create_string_buffer(0)  # for the copies that one execution makes
+        self.workspace = C.create_string_buffer(0)  # for what one execution needs besides
 
     def reserve(self, size: int) -> None:
         """Makes the workspace at least `size` bytes long."""
@@ -99,27 +109,33 @@ class _Runtime:
     def query(self, desc: C.c_void_p, what: int) -> C.c_void_p:
         return C.c_void_p(self.library.dnnl_primitive_desc_query_md(desc, what, 0))
 
-    def memory(self, layout: C.c_void_p, address: C.c_void_p | None = None) -> C.c_void_p:
-        return self.make("memory_create", layout, self.engine, address)
+    def size(self, layout: C.c_void_p) -> int:
+        return self.library.dnnl_memory_desc_get_size(layout)
+
+    def memory(self, layout: C.c_void_p) -> C.c_void_p:
+        """Without an address as yet."""
+        return self.make("memory_create", layout, self.engine, None)
 
     def set_address(self, memory: C.c_void_p, address: int) -> None:
         _check(self.quick.dnnl_memory_set_data_handle(memory, C.c_void_p(address)))
 
-    def copy(self, source: tuple, target: tuple) -> Callable[[], None]:
-        """A function that copies between two pairs of layout and memory."""
+    def copy(self, source: tuple, target: tuple) -> "_Step":
+        """Copies between two pairs of layout and memory."""
         (source, src), (target, dst) = source, target
         layouts = source, self.engine, target, self.engine
         desc = self.make("reorder_primitive_desc_create", *layouts, self.attr)
-        quick = self.library.dnnl_memory_desc_get_size(target) <= QUICK_BYTES
+        quick = self.size(target) <= QUICK_BYTES
         return self.primitive(self.quick if quick else self.library, desc, {SRC: src, DST: dst})
 
-    def primitive(self, library: C.CDLL, desc: C.c_void_p, memories: dict) -> Callable[[], None]:
-        """A function that executes `desc`, by a call through `library`, on {number: memory}."""
-        scratch = self.memory(self.query(desc, QUERY_SCRATCHPAD), ALLOCATE)
+    def primitive(self, library: C.CDLL, desc: C.c_void_p, memories: dict) -> "_Step":
+        """Executes `desc`, by a call through `library`, on {number: memory}."""
+        layout = self.query(desc, QUERY_SCRATCHPAD)
+        scratch = self.memory(layout)
         pairs = [*memories.items(), (SCRATCHPAD, scratch)]
         handle, arguments = self.make("primitive_create", desc), (_Argument * len(pairs))(*pairs)
         execute = library.dnnl_primitive_execute
-        return lambda: _check(execute(handle, self.stream, len(arguments), arguments))
+        run = lambda: _check(execute(handle, self.stream, len(arguments), arguments))
+        return _Step(run, scratch, self.size(layout))
 
 
 _runtime = functools.cache(_Runtime)
@@ -166,7 +182,8 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
     """
     rt = _runtime()
     _set_threads()
-    desc, arrays = _turned_weight_grad(conv) if _turns(kind, conv) else _as_it_is(kind, conv)
+    how = algorithm(kind, conv)
+    desc, arrays = _turned_weight_grad(conv) if how == "turned" else _as_it_is(kind, conv, how)
     given, used, copies, before, after, size = [], {}, [], [], [], 0
     for number, dense, wanted in arrays:
         given.append(rt.memory(dense))
@@ -174,14 +191,14 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
         if not rt.library.dnnl_memory_desc_equal(dense, wanted):
             used[number] = rt.memory(wanted)
             copies.append((used[number], size))
-            size += _whole_pages(rt.library.dnnl_memory_desc_get_size(wanted))
+            size += _whole_pages(rt.size(wanted))
             ends = (dense, given[-1]), (wanted, used[number])
             if number == arrays[-1][0]:
                 after.append(rt.copy(*reversed(ends)))
             else:
                 before.append(rt.copy(*ends))
     steps = [*before, rt.primitive(rt.library, desc, used), *after]
-    rt.reserve(size + PAGE)
+    rt.reserve(PAGE + size + max(step.scratch_size for step in steps))
 
     def run(*addresses: int) -> None:
         with rt.lock:
@@ -192,21 +209,62 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
             for memory, offset in copies:
                 rt.set_address(memory, workspace + offset)
             for step in steps:
-                step()
+                rt.set_address(step.scratch, workspace + size)
+                step.run()
 
     return run
 
 
-def _as_it_is(kind: str, conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
+def _as_it_is(kind: str, conv: Convolution, how: str) -> tuple[C.c_void_p, list[tuple]]:
     """A primitive's description, and of each array, the result last, its number, its layout, and
-    the layout that the primitive wants: the fast kernels have weights in blocks."""
+    the layout that the primitive wants: blocks of weights, and for Winograd of all."""
     rt = _runtime()
-    x, y = (rt.layout(shape, NHWC, conv.dtype) for shape in (conv.x, conv.y))
-    w = rt.layout(conv.w, HWIO, conv.result(kind)[1])
-    desc = _convolution_desc(kind, conv, x, y)
-    blocks = rt.query(desc, QUERY_DIFF_WEIGHTS if kind == "weight_grad" else QUERY_WEIGHTS)
-    layouts = {"x": (x, x), "w": (w, blocks), "y": (y, y)}
-    return desc, [(number, *layouts[role]) for role, number in KINDS[kind].items()]
+    dense = how == "direct"
+    x, y = (rt.layout(shape, NHWC, conv.dtype, dense) for shape in (conv.x, conv.y))
+    desc = _convolution_desc(kind, conv, x, y, how)
+
+    def given(role: str) -> C.c_void_p:
+        dtype = conv.result(kind)[1] if role == "w" else conv.dtype
+        return rt.layout(getattr(conv, role), HWIO if role == "w" else NHWC, dtype)
+
+    return desc, [
+        (number, given(role), rt.query(desc, QUERIES[number]))
+        for role, number in KINDS[kind].items()
+    ]
+
+
+@functools.cache
+def algorithm(kind: str, conv: Convolution) -> str:
+    """Which way `kind` of `conv` is computed: "direct", "winograd" or "turned"."""
+    if _turns(kind, conv):
+        return "turned"
+    if _suits_winograd(conv):
+        with contextlib.suppress(NotImplementedError):
+            _as_it_is(kind, conv, "winograd")
+            return "winograd"
+    return "direct"
+
+
+def _suits_winograd(conv: Convolution) -> bool:
+    """Whether F(4x4, 3x3) (arXiv 1509.09308) is faster, where oneDNN has it: with AVX-512.
+
+    It needs a quarter of the multiplications, but copies images to blocks of 16 channels and back,
+    transforms them and the kernel, and computes whole tiles of 4x4 pixels. So it takes many
+    channels, many tiles, and tiles that the images fill (measured: benchmarks/README.md). Padded
+    on one side alone, its input gradient is wrong (oneDNN 3.1): only "SAME" is left to it.
+    """
+    images, height, width, _ = conv.y
+    tiles = images * -(-height // 4) * -(-width // 4)
+    return (
+        conv.dtype == "float32"
+        and conv.w[:2] == (3, 3)
+        and conv.strides == (1, 1)
+        and conv.padding == ((1, 1), (1, 1))
+        and min(conv.w[2:]) >= 24
+        and max(conv.w[2:]) >= 64
+        and tiles >= 128
+        and images * height * width > tiles * 16 / 2
+    )
 
 
 def _turns(kind: str, conv: Convolution) -> bool:
@@ -245,13 +303,15 @@ def _turned_weight_grad(conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
     channel_first, input_first = (3, 0, 1, 2), (2, 3, 0, 1)
     return desc, [
         (SRC, rt.layout(conv.x, channel_first, conv.dtype), x),
-        (WEIGHTS, rt.layout(conv.y, channel_first, conv.dtype), rt.query(desc, QUERY_WEIGHTS)),
+        (WEIGHTS, rt.layout(conv.y, channel_first, conv.dtype), rt.query(desc, QUERIES[WEIGHTS])),
         (DST, rt.layout(conv.w, input_first, conv.dtype), dw),
     ]
 
 
-def _convolution_desc(kind: str, conv: Convolution, x: C.c_void_p, y: C.c_void_p) -> C.c_void_p:
-    rt = _runtime()
+def _convolution_desc(
+    kind: str, conv: Convolution, x: C.c_void_p, y: C.c_void_p, how: str = "direct"
+) -> C.c_void_p:
+    rt, number = _runtime(), ALGORITHMS[how]
     before, after = zip(*conv.padding)
     window = _int64s(conv.strides), _int64s((0, 0)), _int64s(before), _int64s(after)
 
@@ -259,13 +319,13 @@ def _convolution_desc(kind: str, conv: Convolution, x: C.c_void_p, y: C.c_void_p
         return rt.make(f"convolution_{name}_primitive_desc_create", rt.engine, *layouts, rt.attr)
 
     w = rt.layout(conv.w, HWIO, conv.dtype, dense=False)
-    forward = make("forward", FORWARD_TRAINING, DIRECT, x, w, None, y, *window)
+    forward = make("forward", FORWARD_TRAINING, number, x, w, None, y, *window)
     if kind == "forward":
         return forward
     if kind == "input_grad":
-        return make("backward_data", DIRECT, x, w, y, *window, forward)
+        return make("backward_data", number, x, w, y, *window, forward)
     w = rt.layout(conv.w, HWIO, "float32", dense=False)
-    return make("backward_weights", DIRECT, x, w, None, y, *window, forward)
+    return make("backward_weights", number, x, w, None, y, *window, forward)
 
 
 def _whole_pages(size: int) -> int:
