@@ -117,7 +117,7 @@ def test_without_winograd_kernels_convolutions_are_direct(monkeypatch):
         if how == "winograd":
             raise NotImplementedError
 
-    monkeypatch.setattr(onednn, "_as_it_is", without)
+    monkeypatch.setattr(onednn, "_convolution_desc", without)
     for kind in onednn.KINDS:
         assert onednn.algorithm.__wrapped__(kind, WORTH_WINOGRAD) != "winograd"
 

@@ -4,8 +4,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import _muon
 
-from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
+from imgcls.optim import (
+    ITERATIONS,
+    NEWTON_SCHULZ,
+    OPTIMIZERS,
+    SCHEDULES,
+    create_optimizer,
+    create_schedule,
+    orthogonalize,
+)
 
 PARAMS = {
     "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
@@ -71,6 +80,24 @@ def test_muon_sgd_has_a_learning_rate_of_its_own_for_dense_layers_and_for_biases
     assert jnp.allclose(updates["Dense_0"]["kernel"], -0.5 * 0.1 * nesterov)
     assert jnp.allclose(updates["Dense_0"]["bias"], -0.5 * 0.1 * nesterov)
     assert jnp.allclose(updates["BatchNorm_0"]["bias"], -0.5 * 10 * nesterov)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 32, 16), (1, 1, 4, 40)])
+@pytest.mark.parametrize("rank", [2, None])
+def test_muon_iterates_as_optax_does(shape, rank):
+    rng = np.random.default_rng(0)
+    rows = int(np.prod(shape[:3]))
+    u, s, v = np.linalg.svd(rng.normal(size=(rows, shape[3])), full_matrices=False)
+    s = np.geomspace(1, 1e-4, len(s)) * (np.arange(len(s)) < (rank or len(s)))
+    x = jnp.asarray((u * s) @ v, jnp.float32)
+    expected = _muon.orthogonalize_via_newton_schulz(
+        x, jnp.asarray(NEWTON_SCHULZ), ns_steps=ITERATIONS
+    )
+    np.testing.assert_allclose(orthogonalize(x.reshape(shape)), expected.reshape(shape), atol=1e-5)
+
+
+def test_muon_leaves_a_kernel_without_a_gradient_alone():
+    assert (orthogonalize(jnp.zeros((3, 3, 2, 4))) == 0).all()
 
 
 def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():

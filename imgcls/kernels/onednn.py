@@ -218,18 +218,21 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
 def _as_it_is(kind: str, conv: Convolution, how: str) -> tuple[C.c_void_p, list[tuple]]:
     """A primitive's description, and of each array, the result last, its number, its layout, and
     the layout that the primitive wants: blocks of weights, and for Winograd of all."""
+    axes = {"x": NHWC, "w": HWIO, "y": NHWC}
+    given = {number: (getattr(conv, role), axes[role]) for role, number in KINDS[kind].items()}
+    desc = _convolution_desc(kind, conv, how)
+    return desc, _layouts(desc, given, conv.dtype)
+
+
+def _layouts(desc: C.c_void_p, given: dict[int, tuple], dtype: str) -> list[tuple]:
     rt = _runtime()
-    dense = how == "direct"
-    x, y = (rt.layout(shape, NHWC, conv.dtype, dense) for shape in (conv.x, conv.y))
-    desc = _convolution_desc(kind, conv, x, y, how)
-
-    def given(role: str) -> C.c_void_p:
-        dtype = conv.result(kind)[1] if role == "w" else conv.dtype
-        return rt.layout(getattr(conv, role), HWIO if role == "w" else NHWC, dtype)
-
-    return desc, [
-        (number, given(role), rt.query(desc, QUERIES[number]))
-        for role, number in KINDS[kind].items()
+    return [
+        (
+            number,
+            rt.layout(shape, axes, "float32" if number == DIFF_WEIGHTS else dtype),
+            rt.query(desc, QUERIES[number]),
+        )
+        for number, (shape, axes) in given.items()
     ]
 
 
@@ -240,7 +243,7 @@ def algorithm(kind: str, conv: Convolution) -> str:
         return "turned"
     if _suits_winograd(conv):
         with contextlib.suppress(NotImplementedError):
-            _as_it_is(kind, conv, "winograd")
+            _convolution_desc(kind, conv, "winograd")
             return "winograd"
     return "direct"
 
@@ -295,22 +298,19 @@ def _turned_weight_grad(conv: Convolution) -> tuple[C.c_void_p, list[tuple]]:
     dw[i, j, c, o] = sum over n, h, w of x[n, h + i, w + j, c] dy[n, h, w, o] is what convolving x
     with dy gives, if c counts the images and n the channels. As `_as_it_is`.
     """
-    rt = _runtime()
     (n, h, w, c), (_, out_h, out_w, o) = conv.x, conv.y
     turned = replace(conv, x=(c, h, w, n), w=(out_h, out_w, n, o), y=(c, *conv.w[:2], o))
-    x, dw = (rt.layout(shape, NHWC, conv.dtype) for shape in (turned.x, turned.y))
-    desc = _convolution_desc("forward", turned, x, dw)
     channel_first, input_first = (3, 0, 1, 2), (2, 3, 0, 1)
-    return desc, [
-        (SRC, rt.layout(conv.x, channel_first, conv.dtype), x),
-        (WEIGHTS, rt.layout(conv.y, channel_first, conv.dtype), rt.query(desc, QUERIES[WEIGHTS])),
-        (DST, rt.layout(conv.w, input_first, conv.dtype), dw),
-    ]
+    given = {
+        SRC: (conv.x, channel_first),
+        WEIGHTS: (conv.y, channel_first),
+        DST: (conv.w, input_first),
+    }
+    desc = _convolution_desc("forward", turned, "direct")
+    return desc, _layouts(desc, given, conv.dtype)
 
 
-def _convolution_desc(
-    kind: str, conv: Convolution, x: C.c_void_p, y: C.c_void_p, how: str = "direct"
-) -> C.c_void_p:
+def _convolution_desc(kind: str, conv: Convolution, how: str) -> C.c_void_p:
     rt, number = _runtime(), ALGORITHMS[how]
     before, after = zip(*conv.padding)
     window = _int64s(conv.strides), _int64s((0, 0)), _int64s(before), _int64s(after)
@@ -318,6 +318,7 @@ def _convolution_desc(
     def make(name, *layouts):
         return rt.make(f"convolution_{name}_primitive_desc_create", rt.engine, *layouts, rt.attr)
 
+    x, y = (rt.layout(shape, NHWC, conv.dtype, how == "direct") for shape in (conv.x, conv.y))
     w = rt.layout(conv.w, HWIO, conv.dtype, dense=False)
     forward = make("forward", FORWARD_TRAINING, number, x, w, None, y, *window)
     if kind == "forward":
