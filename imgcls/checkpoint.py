@@ -210,7 +210,8 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
         if was != now:
             raise CheckpointError(
                 f"{path} is of another model: {name} was saved as {was}, expected is {now}; "
-                "use the config and the data that it was trained with, or another --workdir"
+                "use the config, the data and the commit that it was trained with, or another "
+                "--workdir"
             )
 
 

@@ -208,9 +208,10 @@ def test_partitioned_by_jit_and_by_shard_map():
     assert_close(jax.jit(jax.shard_map(each, mesh=mesh, check_vma=False, **specs))(x, w), expected)
 
 
-def test_several_threads_at_once():
-    w = normal(1, 3, 3, 16, 32)
-    xs = [normal(seed, 2, 8, 8, 16) for seed in range(6)]
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (32, 8, 8, 32)])  # direct, Winograd
+def test_several_threads_at_once(shape):
+    w = normal(1, 3, 3, shape[-1], 64)
+    xs = [normal(seed, *shape) for seed in range(6)]
     step = jax.jit(functools.partial(pull, convolve))
     expected, found = [step(x, w) for x in xs], {}
 
@@ -244,8 +245,9 @@ def test_several_threads_trace_the_same_new_convolutions():
     assert sorted(found) == sorted([5.0 * size for size in sizes] * barrier.parties)
 
 
-def test_twice_gives_the_same_bits(dtype):
-    x, w = normal(0, 16, 16, 16, 32, dtype=dtype), normal(1, 3, 3, 32, 32, dtype=dtype)
+@pytest.mark.parametrize("outputs", [32, 64])  # of 64 in float32, Winograd where there is any
+def test_twice_gives_the_same_bits(outputs, dtype):
+    x, w = normal(0, 16, 16, 16, 32, dtype=dtype), normal(1, 3, 3, 32, outputs, dtype=dtype)
     step = jax.jit(functools.partial(pull, convolve))
     assert_same_bits(step(x, w), step(x, w))
 

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax.contrib import _muon
 
 from imgcls.optim import (
     ITERATIONS,
@@ -84,16 +83,18 @@ def test_muon_sgd_has_a_learning_rate_of_its_own_for_dense_layers_and_for_biases
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 32, 16), (1, 1, 4, 40)])
 @pytest.mark.parametrize("rank", [2, None])
-def test_muon_iterates_as_optax_does(shape, rank):
+def test_muon_iterates_as_newton_and_schulz(shape, rank):
     rng = np.random.default_rng(0)
     rows = int(np.prod(shape[:3]))
     u, s, v = np.linalg.svd(rng.normal(size=(rows, shape[3])), full_matrices=False)
     s = np.geomspace(1, 1e-4, len(s)) * (np.arange(len(s)) < (rank or len(s)))
-    x = jnp.asarray((u * s) @ v, jnp.float32)
-    expected = _muon.orthogonalize_via_newton_schulz(
-        x, jnp.asarray(NEWTON_SCHULZ), ns_steps=ITERATIONS
-    )
-    np.testing.assert_allclose(orthogonalize(x.reshape(shape)), expected.reshape(shape), atol=1e-5)
+    kernel = ((u * s) @ v).reshape(shape)
+    a, b, c = NEWTON_SCHULZ
+    s = s / np.linalg.norm(s)
+    for _ in range(ITERATIONS):
+        s = a * s + b * s**3 + c * s**5
+    expected = ((u * s) @ v).reshape(shape)
+    np.testing.assert_allclose(orthogonalize(jnp.float32(kernel)), expected, atol=1e-5)
 
 
 def test_muon_leaves_a_kernel_without_a_gradient_alone():

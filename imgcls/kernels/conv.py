@@ -16,8 +16,9 @@ from imgcls.kernels.onednn import HWIO, NHWC, Convolution
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
 # Stride, images, pixels a side, channels in and out of the convolutions that it computes: with
-# stride 1 a weight gradient may be turned, and only the last is large enough for Winograd.
-CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64)
+# stride 1 a weight gradient may be turned; the last two are large enough for Winograd, for which
+# oneDNN has other code where channels are many.
+CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64), (1, 128, 4, 256, 256)
 
 _registered: set[str] = set()
 _registering = threading.Lock()
@@ -113,7 +114,7 @@ def target(kind: str, conv: Convolution) -> str:
 def unavailable(dtype: jax.typing.DTypeLike) -> str | None:
     """Why `conv_general_dilated` cannot be used for arrays of `dtype`, or None. Never raises.
 
-    The first call for a dtype compares a tiny convolution and its gradients with those of lax. It
+    The first call for a dtype compares small convolutions and their gradients with those of lax. It
     starts JAX's backend, so `jax.distributed.initialize` comes before.
     """
     try:

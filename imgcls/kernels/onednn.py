@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 DISTRIBUTION, LIBRARY = "onednn-cpu-gomp", "libdnnl.so.3"
 
 CPU, IN_ORDER, FORWARD_TRAINING, ANY_LAYOUT, USER_SCRATCHPAD = 1, 1, 64, 1, 1
@@ -23,8 +25,10 @@ QUERY_SCRATCHPAD = 136
 OUT_OF_MEMORY, UNIMPLEMENTED = 1, 3
 # The bits of dnnl_cpu_isa_t that these sets add, and later ones contain.
 AVX2, AVX512_CORE, AVX512_CORE_BF16 = 0x4, 0x20, 0x80
-PAGE = 4096  # copies begin on one
+PAGE = 4096  # what the workspace holds begins on one: some kernels need memory aligned
 QUICK_BYTES = 8 * 2**20  # copied before another thread would give the GIL back
+# The scratch memory allowed to Winograd: bytes, or if more, times the three arrays.
+WINOGRAD_BYTES, WINOGRAD_TIMES = 64 * 2**20, 8
 # The largest images and gradients that `_turned_weight_grad` is for.
 TURNED_PIXELS, TURNED_BYTES = 5 * 5, 16 * 2**20
 
@@ -86,13 +90,14 @@ class _Runtime:
         _check(self.library.dnnl_primitive_attr_set_scratchpad_mode(self.attr, USER_SCRATCHPAD))
         # One execution at a time: a primitive's memory serves one, and each one occupies all cores.
         self.lock = threading.Lock()
-        self.workspace = C.create_string_buffer(0)  # for what one execution needs besides
+        self.workspace = np.empty(0, np.uint8)  # for what one execution needs besides
 
     def reserve(self, size: int) -> None:
         """Makes the workspace at least `size` bytes long."""
         with self.lock:
             if len(self.workspace) < size:
-                self.workspace = (C.c_char * size)()
+                self.workspace = np.empty(0, np.uint8)  # so that there are never two
+                self.workspace = np.empty(size, np.uint8)
 
     def make(self, function: str, *args) -> C.c_void_p:
         made = C.c_void_p()
@@ -143,15 +148,16 @@ _threads: int | None = None
 
 
 def use_threads(number: int) -> None:
-    """Sets the number of OpenMP threads of what is built or executed from now on."""
+    """Sets the number of OpenMP threads of what is built from now on."""
     global _threads
     _threads = number
 
 
-def _set_threads() -> None:
-    """OpenMP keeps the number for each calling thread, and XLA calls from many."""
-    if _threads is not None:
-        _runtime().quick.omp_set_num_threads(_threads)
+def _set_threads() -> int:
+    """Their number, set for the calling thread: OpenMP keeps one for each, and XLA has many."""
+    threads = identity()["openmp_threads"]
+    _runtime().quick.omp_set_num_threads(threads)
+    return threads
 
 
 def identity() -> dict[str, str | int]:
@@ -180,8 +186,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
     Raises:
         NotImplementedError: oneDNN cannot compute this on this CPU.
     """
-    rt = _runtime()
-    _set_threads()
+    rt, threads = _runtime(), _set_threads()
     how = algorithm(kind, conv)
     desc, arrays = _turned_weight_grad(conv) if how == "turned" else _as_it_is(kind, conv, how)
     given, used, copies, before, after, size = [], {}, [], [], [], 0
@@ -202,8 +207,9 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
 
     def run(*addresses: int) -> None:
         with rt.lock:
-            _set_threads()
-            workspace = _whole_pages(C.addressof(rt.workspace))
+            # With more threads than when it was built, it would write past its scratch memory.
+            rt.quick.omp_set_num_threads(threads)
+            workspace = _whole_pages(rt.workspace.ctypes.data)
             for memory, address in zip(given, addresses, strict=True):
                 rt.set_address(memory, address)
             for memory, offset in copies:
@@ -236,15 +242,19 @@ def _layouts(desc: C.c_void_p, given: dict[int, tuple], dtype: str) -> list[tupl
     ]
 
 
-@functools.cache
 def algorithm(kind: str, conv: Convolution) -> str:
     """Which way `kind` of `conv` is computed: "direct", "winograd" or "turned"."""
+    _set_threads()
     if _turns(kind, conv):
         return "turned"
     if _suits_winograd(conv):
         with contextlib.suppress(NotImplementedError):
-            _convolution_desc(kind, conv, "winograd")
-            return "winograd"
+            rt, desc = _runtime(), _convolution_desc(kind, conv, "winograd")
+            arrays = 4 * sum(map(math.prod, (conv.x, conv.w, conv.y)))
+            # That of a weight gradient has a transformed kernel for every thread.
+            scratch = rt.size(rt.query(desc, QUERY_SCRATCHPAD))
+            if scratch <= max(WINOGRAD_BYTES, WINOGRAD_TIMES * arrays):
+                return "winograd"
     return "direct"
 
 
@@ -258,6 +268,7 @@ def _suits_winograd(conv: Convolution) -> bool:
     """
     images, height, width, _ = conv.y
     tiles = images * -(-height // 4) * -(-width // 4)
+    blocks = any(tiles % block == 0 for block in range(8, 32))  # of tiles, kept in registers
     return (
         conv.dtype == "float32"
         and conv.w[:2] == (3, 3)
@@ -266,6 +277,7 @@ def _suits_winograd(conv: Convolution) -> bool:
         and min(conv.w[2:]) >= 24
         and max(conv.w[2:]) >= 64
         and tiles >= 128
+        and blocks
         and images * height * width > tiles * 16 / 2
     )
 
