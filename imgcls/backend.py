@@ -27,11 +27,13 @@ CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go firs
 
 
 def start() -> None:
-    """Called once by each command before JAX computes anything."""
+    """To be called once by a process, before JAX computes anything."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / "xla"
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        # The many small programs, too: together they take longer than the training step to load.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
@@ -108,7 +110,7 @@ def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:
         "prng": jax.config.jax_default_prng_impl,
     }
     if device.platform == "cpu":
-        decides["cpu_cores"] = len(os.sched_getaffinity(0))  # XLA has a thread for each
+        decides["cpu_cores"] = cpu_cores()  # XLA has a thread for each
     if cpu_kernels:
         from imgcls import kernels
 
@@ -146,6 +148,11 @@ def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
             "; ".join(other),
         )
     return now
+
+
+def cpu_cores() -> int:
+    """Those that this process may use, where the system tells (Linux), else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpu_model() -> str | None:

@@ -18,7 +18,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from imgcls.distributed import is_main
-from imgcls.errors import CheckpointError
+from imgcls.errors import CheckpointError, first_line
 
 
 def _top1(metrics: dict[str, Any]) -> float:
@@ -34,6 +34,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, read_only: bool = False):
         self._directory = directory.absolute()  # orbax refuses relative paths
+        self._writes = not read_only and is_main()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(
                 [
@@ -48,16 +49,17 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
-            if not read_only and is_main():
+            if self._writes:
                 # What a kill left of a save. Orbax would remove it in the background, where it
                 # may meet the next save of the same step.
                 for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished)
+                self._drop_replaced()
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_names=("state", "meta")
             )
         except Exception as error:
-            raise CheckpointError(f"{directory} cannot be opened: {_first_line(error)}") from error
+            raise CheckpointError(f"{directory} cannot be opened: {first_line(error)}") from error
 
     def steps(self) -> list[int]:
         """The steps saved, oldest first; not every one need be good."""
@@ -83,7 +85,7 @@ class Checkpoints:
         )
         try:
             if step in self._manager.all_steps():
-                self._manager.delete(step)
+                self._rename(step, f"replaced.{step}")  # it stays until the new one is whole
             metrics = None if top1 is None else {"top1": top1}
             self._manager.save(step, args=items, metrics=metrics, force=True)
         except Exception as error:
@@ -94,6 +96,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+            if self._writes:
+                self._drop_replaced()
         except Exception as error:
             raise self._failed(error) from error
 
@@ -104,12 +108,9 @@ class Checkpoints:
             try:
                 return self._read(step, target)
             except _Damaged as damage:
-                aside = self._directory / f"damaged-{step}"
-                logging.warning("%s; renamed to %s", damage, aside.name)
-                if is_main():
-                    (self._directory / str(step)).rename(aside)
-                sync_global_devices(aside.name)
-                self._manager.reload()
+                aside = f"damaged-{step}"
+                logging.warning("%s; renamed to %s", damage, aside)
+                self._rename(step, aside)
         raise CheckpointError(
             f"{self._directory}: none of the checkpoints {steps} can be read; they are kept as "
             "damaged-*; restore a copy of them, or start again in another --workdir"
@@ -142,7 +143,7 @@ class Checkpoints:
             if best is None:
                 raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
             return best
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
         return int(which)
 
@@ -154,12 +155,26 @@ class Checkpoints:
             ).meta
         except Exception as error:
             raise CheckpointError(
-                f"{self._directory}/{step} is damaged: {_first_line(error)}"
+                f"{self._directory}/{step} is damaged: {first_line(error)}"
             ) from error
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+    def _drop_replaced(self) -> None:
+        """Removes what a finished save replaced; puts it back where the save came to nothing."""
+        for replaced in self._directory.glob("replaced.*"):
+            step = self._directory / replaced.suffix[1:]
+            shutil.rmtree(replaced) if step.exists() else replaced.rename(step)
+
+    def _rename(self, step: int, name: str) -> None:
+        """Takes a checkpoint out of the run, in the place of an earlier one of that name."""
+        if is_main():
+            shutil.rmtree(self._directory / name, ignore_errors=True)
+            (self._directory / str(step)).rename(self._directory / name)
+        sync_global_devices(name)
+        self._manager.reload()
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         path = self._directory / str(step)
@@ -174,7 +189,7 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             leaves = self._manager.restore(step, args=args).state
         except Exception as error:
-            raise _Damaged(f"{path} is damaged ({_first_line(error)})") from error
+            raise _Damaged(f"{path} is damaged ({first_line(error)})") from error
         for name, leaf in leaves.items():
             if _describe(np.asarray(leaf))["sha256"] != saved[name]["sha256"]:
                 raise _Damaged(f"{path} is damaged: the bytes of {name} are not those saved")
@@ -182,7 +197,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self._directory}: saving failed ({_first_line(error)}); earlier checkpoints are "
+            f"{self._directory}: saving failed ({first_line(error)}); earlier checkpoints are "
             "intact: free some space or mend the disk, and run the same command again"
         )
 
@@ -213,7 +228,3 @@ def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
                 "use the config, the data and the commit that it was trained with, or another "
                 "--workdir"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from imgcls import stopping
+from imgcls import backend, stopping
 from imgcls.errors import BadExampleError, UserError
 from imgcls.logs import progress
 from imgcls.sources import Source
 from imgcls.sources.images import fit_image
 
-CACHE_FORMAT = 1  # raise when the decoded bytes of an unchanged source would differ
+CACHE_FORMAT = 2  # raise when the decoded bytes of an unchanged source would differ
 CHUNK = 250  # examples decoded by one task
 
 
@@ -137,7 +137,8 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]
     infos = {name: SimpleNamespace(num_examples=len(s)) for name, s in sources.items()}
     try:
         parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
-    except ValueError as error:
+    # Shards, and "all", are for TFDS's own files.
+    except (ValueError, NotImplementedError, AttributeError) as error:
         sizes = ", ".join(f"{name} ({len(s)} examples)" for name, s in sources.items())
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"split {spec!r}: {reason}; this dataset has {sizes}") from None
@@ -213,7 +214,7 @@ def _decode(
 
     bad = []
     starts = range(0, len(source), CHUNK)
-    executor = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # Pillow releases the GIL
+    executor = ThreadPoolExecutor(backend.cpu_cores())  # Pillow releases the GIL
     try:
         results = executor.map(decode, starts)
         with progress(len(source), f"decoding {name}", "images") as bar:

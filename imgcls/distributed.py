@@ -9,16 +9,16 @@ import logging
 import os
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgcls.errors import ImgclsError, PeerError, Stopped, UserError
+from imgcls.errors import ImgclsError, PeerError, Stopped, UserError, first_line
 from imgcls.sharding import make_mesh, put_batch, replicated
-from imgcls.stopping import StopSignal
+from imgcls.stopping import StopSignal, in_thread
 
 PATIENCE = 10  # seconds that a process which stops or fails waits for the others to leave too
 
@@ -72,7 +72,7 @@ def session(
     try:
         joined = _in_time(join, start_timeout)
     except Exception as error:
-        raise UserError(f"this process cannot join the others: {_first_line(error)}") from error
+        raise UserError(f"this process cannot join the others: {first_line(error)}") from error
     if not joined:
         where = f" at --coordinator_address={coordinator_address}" if coordinator_address else ""
         raise UserError(
@@ -93,7 +93,7 @@ def session(
         if not re.search("gloo|nccl|connection|unavailable|heartbeat", str(error), re.IGNORECASE):
             raise
         raise PeerError(
-            f"another process of this run is gone ({_first_line(error)}): see what "
+            f"another process of this run is gone ({first_line(error)}): see what "
             "it said, and start all of them again to resume"
         ) from error
 
@@ -168,28 +168,15 @@ def _detects_several() -> bool:
         logging.warning(
             "this may be one of several processes, but JAX cannot tell (%s): if so, give each "
             "--coordinator_address, --num_processes and --process_id; else --num_processes=1",
-            _first_line(error),
+            first_line(error),
         )
     return False
 
 
 def _in_time(function: Callable[[], None], seconds: float) -> bool:
     """Runs function() in a thread; False when it takes longer: it is then left behind."""
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            function()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    return not thread.is_alive()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    future = in_thread(function)
+    if not wait([future], seconds).done:
+        return False
+    future.result()
+    return True

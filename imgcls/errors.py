@@ -42,13 +42,17 @@ class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def out_of_memory(error: BaseException) -> UserError | None:
     """What to do about an error that means too little memory, of the device or of the machine."""
     signs = ("RESOURCE_EXHAUSTED", "MemoryError", "Out of memory")
     if not any(sign in f"{type(error).__name__}: {error}" for sign in signs):
         return None
     return UserError(
-        f"out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:200]}): raise "
+        f"out of memory ({first_line(error)}): raise "
         "config.train.accumulate_steps (the same result in less memory), lower "
         "config.train.batch_size or config.eval.batch_size, or choose a smaller config.model"
     )

@@ -25,7 +25,7 @@ from imgcls.distributed import is_main
 from imgcls.errors import DivergedError, UserError
 from imgcls.logs import say
 from imgcls.metrics import evaluate_logits, fit_temperature
-from imgcls.report import read_samples, write_report
+from imgcls.report import write_report
 from imgcls.state import count_parameters
 from imgcls.workdir import write_json
 
@@ -53,6 +53,11 @@ def evaluate(
         poll: called before each batch; may raise to stop.
     """
     config, step = classifier.config, int(classifier.state.step)
+    if splits[split].class_names != classifier.class_names:
+        raise UserError(
+            f"the classes of the data are no longer those that {workdir} was trained on: restore "
+            "the data, or train again in another --workdir"
+        )
     official = split == "test" and checkpoint == config.eval.checkpoint
     suffix = "" if official else f"_{split}_{checkpoint}"
     if split == "test" and is_main():
@@ -103,8 +108,7 @@ def evaluate(
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
     if official:
-        images, samples = examples.images.__getitem__, read_samples(workdir)
-        write_report(workdir, gallery_images=images, sample_images=samples)
+        write_report(workdir, gallery_images=examples.images.__getitem__)
     correct = round(results["top1"] * results["examples"])
     if tta:
         say(f"{split} top1 {averaged['top1']:.4f} with test-time augmentation ({tta})")
@@ -147,14 +151,17 @@ def _main(_: list[str]) -> None:
         raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
     names = [split, *(["validation"] if config.data.validation and split != "validation" else [])]
     splits = dict(zip(names, experiment.open_splits(config, *names)))
-    evaluate(
-        classifier,
-        splits,
-        workdir,
-        split=split,
-        checkpoint=checkpoint or config.eval.checkpoint,
-        tta=flags.FLAGS.tta or "",
-    )
+    try:
+        evaluate(
+            classifier,
+            splits,
+            workdir,
+            split=split,
+            checkpoint=checkpoint or config.eval.checkpoint,
+            tta=flags.FLAGS.tta or "",
+        )
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From a config to what it names: the rules a config must keep, and the objects built from it.
 
-Only this module, the training loop and the commands see a config; the rest takes plain arguments.
+Only this module, `backend`, the training loop and the commands see a config; the rest takes plain
+arguments.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from imgcls import backend, data
 from imgcls.augment import compose, resized
 from imgcls.errors import UserError
 from imgcls.models import MODELS
+from imgcls.models.resnet import STAGES
 from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
 from imgcls.sources import open_sources
 from imgcls.steps import augment_batch, normalize
@@ -40,7 +42,11 @@ FRACTION = (float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
 FLAG = (bool, lambda x: True, "True or False")
 COUNTS = (tuple, lambda x: all(type(n) is int and n > 0 for n in x), "a tuple of positive integers")
 SIZE = (tuple, lambda x: len(x) == 2 and COUNTS[1](x), "(height, width)")
-CHANNELS = (tuple, lambda x: all(map(math.isfinite, x)), "a number for each channel, as a tuple")
+CHANNELS = (
+    tuple,
+    lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
+    "a number for each channel, as a tuple",
+)
 
 # Every key that a config has beside `augment`'s and the model's own, and what it may be.
 RULES = {
@@ -54,7 +60,7 @@ RULES = {
     "data.channels": (int, lambda x: x in (1, 3), "1 or 3"),
     "data.resize": _one_of("squash", "crop"),
     "data.mean": CHANNELS,
-    "data.std": (tuple, lambda x: CHANNELS[1](x) and min(x) > 0, CHANNELS[2]),
+    "data.std": (tuple, lambda x: CHANNELS[1](x) and all(n > 0 for n in x), CHANNELS[2]),
     "data.skip_bad": COUNT_OR_ZERO,
     "data.follow_links": FLAG,
     "data.alternate_flip": FLAG,
@@ -87,6 +93,13 @@ RULES = {
     "eval.checkpoint": _one_of("latest", "best"),
 }
 
+# What a model's own field may be; of others the type of its default decides.
+MODEL_RULES = {
+    "resnet.depth": (int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
+    "resnet.stem": _one_of("cifar", "imagenet"),
+    "wide_resnet.depth": (int, lambda x: x >= 10 and x % 6 == 4, "6 n + 4, such as 16 or 28"),
+}
+
 # What may differ between the runs of one workdir: it does not change the result.
 HARMLESS = {
     "data.dir",
@@ -109,11 +122,9 @@ def validate(config: ConfigDict) -> None:
     for key, (kind, accepts, expected) in RULES.items():
         _check(key, flat, kind, accepts, expected)
     for field, default in model_fields.items():
-        key = f"model.{field}"
-        rule = {bool: FLAG, int: COUNT, float: FRACTION, tuple: COUNTS, str: ANY_TEXT}[
-            type(default)
-        ]
-        _check(key, flat, *rule)
+        by_type = {bool: FLAG, int: COUNT, float: FRACTION, tuple: COUNTS, str: ANY_TEXT}
+        rule = MODEL_RULES.get(f"{flat['model.name']}.{field}", by_type[type(default)])
+        _check(f"model.{field}", flat, *rule)
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != flat["data.channels"]:
             raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
@@ -278,7 +289,7 @@ def build_augment(
     config: ConfigDict, *, early: bool = False
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """`early`: for the first epochs, on smaller images."""
-    augment = compose(**config.augment)
+    augment = compose(**config.get("augment", {}))
     return resized(augment, tuple(config.train.early_image_size)) if early else augment
 
 

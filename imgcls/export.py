@@ -149,10 +149,10 @@ def export(classifier: Classifier, test: Split, path: Path, *, file_format: str)
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its name at the end, unless there is an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a directory")
+        temporary = path.with_name(f".{path.name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     except OSError as error:

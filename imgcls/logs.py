@@ -52,13 +52,9 @@ class MetricWindow:
     """
 
     def __init__(self, sums: dict[str, float] | None = None, bad_steps: list[int] | None = None):
-        self.sums = dict(sums or dict.fromkeys(("loss", "correct", "count", "steps"), 0.0))
+        self.sums = dict(sums or dict.fromkeys(("loss", "correct", "count"), 0.0))
         self.bad_steps = list(bad_steps or [])  # steps whose loss or gradient was not finite
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-
-    @property
-    def steps(self) -> int:
-        return int(self.sums["steps"]) + len(self._pending)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((step, metrics))
@@ -77,7 +73,6 @@ class MetricWindow:
                 self.bad_steps.append(step)
             for key in ("loss", "correct", "count"):
                 self.sums[key] += float(metrics[key])
-            self.sums["steps"] += 1
         return self.sums
 
     def clear(self) -> None:
@@ -102,8 +97,7 @@ class MetricWriter:
         if not self._writes:
             return
         self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            self._cut(start_step)
+        self._cut(start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventWriter(workdir, start_step=start_step + 1)
 
@@ -147,8 +141,10 @@ def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl."""
+    """The whole lines of a file of JSON objects; none where there is no file."""
     rows = []
+    if not path.exists():
+        return rows
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
             rows.append(json.loads(line))

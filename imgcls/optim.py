@@ -151,7 +151,7 @@ def create_optimizer(
 
     `momentum` is the decay of the gradient's average: Nesterov momentum of sgd and muon, b1 of
     adamw and lion. Weight decay is coupled (L2) in sgd and decoupled in the others. `options` are
-    those that one optimiser has alone: muon's `adam_ratio`.
+    those that one optimiser has alone: muon's `adam_ratio`, muon_sgd's `dense_ratio`, `bias_ratio`.
     """
     tx = OPTIMIZERS[name](schedule, momentum=momentum, weight_decay=weight_decay, **options)
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import flags
 
-from imgcls import cli
+from imgcls import backend, cli
 from imgcls.classifier import Classifier, load
 from imgcls.errors import BadExampleError, UserError
 from imgcls.logs import say
@@ -70,7 +70,7 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
         except BadExampleError as error:
             return error
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor:
+    with ThreadPoolExecutor(backend.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
             images = list(executor.map(read, paths[start : start + batch_size]))
             rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))

@@ -2,8 +2,9 @@
 
     python -m imgcls.profile --workdir=runs/cifar10 [--steps=5]
 
-Reads the run's own config, continues in memory from its latest checkpoint (or from the start) and
-saves nothing but the trace, in WORKDIR/profile. The run must not be under way.
+Reads the run's own config and continues in memory from its latest checkpoint, or from the start.
+Writes the trace to WORKDIR/profile, and opens the checkpoints as a resume does: a damaged one is
+set aside. The run must not be under way.
 """
 
 import re

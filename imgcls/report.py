@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,15 +77,13 @@ def write_report(
     workdir: str | Path,
     *,
     gallery_images: Callable[[np.ndarray], np.ndarray],
-    sample_images: np.ndarray | None = None,
 ) -> Path:
     """Writes `workdir/report.html` from the files of a finished run, and returns its path.
 
     Args:
         workdir: has results.json, predictions.npz and config.json, and where there are any
-            metrics.jsonl and test_evaluations.jsonl.
+            metrics.jsonl, test_evaluations.jsonl and SAMPLES.
         gallery_images: positions int[n] of evaluated examples -> their images uint8[n, H, W, C].
-        sample_images: training images uint8[n, H, W, C] as the network sees them, augmented.
 
     Raises:
         UserError: a file is missing or broken, or the page cannot be written.
@@ -99,8 +97,8 @@ def write_report(
         calibration=calibration,
         names=[row["name"] for row in run.results["per_class"]],
         config_groups=_groups(run.config),
-        test_evaluations=_read_lines(run.workdir / "test_evaluations.jsonl"),
-        curves=figures.learning_curves(_read_lines(run.workdir / "metrics.jsonl")),
+        test_evaluations=logs.read_metrics(run.workdir / "test_evaluations.jsonl"),
+        curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
         matrix=_confusion(run.results["confusion_matrix"]),
         worst=classes[: len(figures.PALETTE)],
         other_classes=len(classes[len(figures.PALETTE) :]),
@@ -112,7 +110,7 @@ def write_report(
         ),
         confidence_counts=figures.confidence_counts(calibration["reliability"]),
         galleries=_galleries(run, gallery_images),
-        samples=[] if sample_images is None else [image_uri(image) for image in sample_images],
+        samples=[image_uri(image) for image in _read_samples(run.workdir)],
     )
     return write_page(run.workdir / "report.html", page)
 
@@ -180,10 +178,6 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return logs.read_metrics(path) if path.exists() else []
-
-
 def image_uri(image: np.ndarray, largest: int = 192) -> str:
     """uint8[H, W, C], C 1, 3 or 4, as a PNG whose sides are at most `largest`."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -245,23 +239,24 @@ def _galleries(run: Run, images: Callable[[np.ndarray], np.ndarray]) -> dict[str
     return {"mistakes": items[: len(mistakes)], "unsure": items[len(mistakes) :]}
 
 
-def read_samples(workdir: Path) -> np.ndarray | None:
-    """The augmented training images uint8[n, H, W, C] that training left; None without them."""
+def _read_samples(workdir: Path) -> Sequence[np.ndarray]:
+    """The augmented training images uint8[n, H, W, C] that training left, if any."""
     try:
         return np.load(workdir / SAMPLES, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        return None
+        return []
 
 
 def _main(_: list[str]) -> None:
     workdir = cli.required_workdir()
-    read_run(workdir)  # what is missing is said before the data is loaded
+    run = read_run(workdir)  # what is missing is said before the data is loaded
     (examples,) = open_splits(load_config(workdir), "test")
-    path = write_report(
-        workdir,
-        gallery_images=examples.images.__getitem__,
-        sample_images=read_samples(workdir),
-    )
+    if run.ids.tolist() != list(examples.ids):
+        raise UserError(
+            f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "
+            f"data, or evaluate again with python -m imgcls.evaluate --workdir={workdir}"
+        )
+    path = write_report(workdir, gallery_images=examples.images.__getitem__)
     logs.say(f"wrote {path}")
 
 

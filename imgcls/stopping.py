@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 from imgcls.errors import Stopped
@@ -66,29 +67,33 @@ def poll() -> None:
         raise _active.stopped("nothing to save yet")
 
 
+def in_thread(function: Callable[[], Any]) -> Future:
+    """Starts function() in a thread that dies with the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 def interruptibly(function: Callable[[], Any]) -> Any:
     """function(), in a thread, left within two seconds of a signal.
 
     For compilations and other long work of the start. It may `poll` itself, to clean up; a thread
     that is left behind dies with the process.
     """
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
+    future = in_thread(function)
+    while True:
+        done = wait([future], 0.1).done
         try:
             poll()
         except Stopped:
-            thread.join(2)
+            wait([future], 2)
             raise
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
+        if done:
+            return future.result()

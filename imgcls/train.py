@@ -242,15 +242,15 @@ class _Run:
 
     def _between_steps(self) -> None:
         c, last = self.config.train, self.step == self.total_steps
-        if (self.step % c.log_every_steps == 0 or last) and self.window.steps:
+        if (self.step % c.log_every_steps == 0 or last) and self.timed_steps:
             self._log_training()
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         save = last or (rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0)
         top1 = self._validate() if self._validation_due() else None
-        stopping = self.stop_agreed()
-        if top1 is not None or ((save or stopping) and self.step > self.saved_step):
+        stop = self.stop_agreed()
+        if top1 is not None or ((save or stop) and self.step > self.saved_step):
             self._save(top1)
-        if stopping:
+        if stop:
             self.checkpoints.wait()
             raise self.stop_agreed.stopped(f"step {self.step} is saved; the same command resumes")
 

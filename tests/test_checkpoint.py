@@ -94,6 +94,24 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert checkpoints.find("best") == 1
 
 
+def test_what_a_save_replaces_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, [None], first=True)
+
+    def full(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(CheckpointError, match="earlier checkpoints are intact"):
+            checkpoints.save(1, STATE, {"first": False}, top1=0.5)
+    again = Checkpoints(tmp_path)
+    assert again.restore_latest(target())[1] == {"first": True}
+    again.save(1, STATE, {"first": False}, top1=0.5)
+    again.close()
+    assert not list(tmp_path.glob("replaced*"))
+    assert Checkpoints(tmp_path).restore_latest(target())[1] == {"first": False}
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -118,6 +136,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, dam
     assert state["step"] == 1
     assert "2 is damaged" in caplog.text
     assert (tmp_path / "damaged-2").is_dir() and checkpoints.steps() == [1]
+
+
+def test_a_step_may_be_damaged_twice(tmp_path):
+    saved(tmp_path, [0.1, 0.2]).close()
+    for _ in range(2):
+        (largest_file(tmp_path / "2" / "state")).unlink()
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.restore_latest(target())[0]["step"] == 1
+        checkpoints.save(2, STATE, {})
+        checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
 
 
 def test_an_empty_step_directory_is_set_aside(tmp_path, caplog):
@@ -169,6 +198,8 @@ def test_what_cannot_be_found_is_said(tmp_path):
         checkpoints.find("best")
     with pytest.raises(CheckpointError, match=r"no checkpoint 9: there are \[1\]"):
         checkpoints.find("9")
+    with pytest.raises(CheckpointError, match="no checkpoint ²"):  # a digit, but no number
+        checkpoints.find("²")
 
 
 VARIANTS = {

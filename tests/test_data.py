@@ -50,6 +50,9 @@ def test_unknown_or_empty_split_is_refused_with_the_sizes():
     sources = {"train": Numbers(10)}
     with pytest.raises(UserError, match=r"'nope'.*train \(10 examples\)"):
         load(sources, "nope")
+    for other in ("all[:50%]", "train[:1shard]"):
+        with pytest.raises(UserError, match=r"split '.*train \(10 examples\)"):
+            load(sources, other)
     with pytest.raises(UserError, match="no examples"):
         load(sources, "train[:1%]")
 

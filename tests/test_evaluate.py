@@ -1,6 +1,8 @@
 """The command that evaluates a finished run says what the end of training said."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 
 from imgcls import backend, experiment, load
 from imgcls import evaluate as evaluation
+from imgcls.errors import UserError
 from imgcls.train import train_and_evaluate
 from tests.conftest import ROOT, as_users, small_config
 
@@ -79,6 +82,39 @@ def test_mistakes_are_refused_in_one_line(finished, tmp_path):
         result = evaluate(finished, *arguments)
         assert result.returncode == code and "Traceback" not in result.stderr
         assert message in result.stderr and result.stderr.count("error: ") == 1
+
+
+def test_data_of_other_classes_is_refused_before_the_test_split_counts_as_seen(finished):
+    classifier = load(finished)
+    (split,) = experiment.open_splits(classifier.config, "test")
+    renamed = dataclasses.replace(split, class_names=split.class_names[::-1])
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="the classes of the data are no longer those"):
+        evaluation.evaluate(
+            classifier, {"test": renamed}, finished, split="test", checkpoint="latest"
+        )
+    assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error_of_the_user(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    seals = workdir / "test_evaluations.jsonl"
+    seals.unlink()
+    seals.mkdir()  # root, too, may not write this
+    result = evaluate(workdir)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: {workdir} cannot be written: Is a directory" in result.stderr
+
+
+def test_a_report_of_other_examples_is_refused(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
+        arrays = dict(saved)
+    np.savez(workdir / "predictions.npz", **arrays | {"ids": arrays["ids"][::-1]})
+    command = [sys.executable, "-m", "imgcls.report", f"--workdir={workdir}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "the test examples are no longer those of" in result.stderr
 
 
 def test_views_are_shifts_and_mirror_images_of_the_picture():

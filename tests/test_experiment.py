@@ -1,6 +1,7 @@
 """Rules of configs; every config that is shipped takes one step."""
 
 import importlib
+import re
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def test_a_field_has_one_type_in_all_configs():
         ({"data__image_size": (8,)}, "config.data.image_size"),
         ({"data__mean": (0.1, 0.2)}, "one number for each of the channels"),
         ({"data__std": (0.0,)}, "config.data.std"),
+        ({"data__std": ()}, "one number for each of the channels"),
+        ({"data__mean": ("half",)}, "config.data.mean"),
+        ({"data__mean": (np.float32(0.5),)}, "config.data.mean"),  # json has no such number
         ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),
         ({"model__widths": (8, 0)}, "config.model.widths"),
         ({"model__dropout_rate": 1.0}, "config.model.dropout_rate"),
@@ -113,6 +117,36 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name():
     config.augment.rotate = 1.0
     with pytest.raises(UserError, match="rotate"):
         experiment.validate(config)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"name": "resnet", "depth": 101}, "model.depth=101 must be one of 18, 34, 50"),
+        ({"name": "resnet", "stem": "imagnet"}, "must be one of cifar, imagenet"),
+        ({"name": "wide_resnet", "depth": 20}, "model.depth=20 must be 6 n + 4"),
+        ({"name": "wide_resnet", "depth": 4}, "model.depth=4 must be 6 n + 4"),
+    ],
+)
+def test_a_network_that_nobody_made_is_refused(model, message):
+    config = small_config()
+    common = {key: config.model[key] for key in ("dtype", "matmul_precision", "cpu_kernels")}
+    fields = experiment._model_fields(model["name"])
+    config.model = common | fields | {"name": model["name"]}
+    experiment.validate(config)
+    config.model.update(model)
+    with pytest.raises(UserError, match=re.escape(message)):
+        experiment.validate(config)
+
+
+def test_without_an_augment_section_nothing_is_augmented():
+    config = small_config()
+    del config.augment
+    experiment.validate(config)
+    batch = {"image": np.arange(40 * 64, dtype=np.uint8).reshape(40, 8, 8, 1)}
+    batch["label"] = np.zeros(40, np.int32)
+    images = experiment.augmented_images(config, batch, 10)
+    np.testing.assert_allclose(images, batch["image"] / 255, atol=1e-6)
 
 
 def test_a_network_that_pools_more_often_than_the_image_allows_is_refused():

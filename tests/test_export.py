@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def run(*arguments, code=("-m", "imgcls.export")):
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file/model"):
+    for path in (tmp_path, Path("."), Path("/"), tmp_path / "file/model"):
         with (
             pytest.raises(UserError, match="--output=.* cannot be written"),
             module._replacing(path),

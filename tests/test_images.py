@@ -236,6 +236,14 @@ def test_any_shape_fits_and_a_constant_stays_constant(shape, channels, resize):
     assert (fitted == 77).all()
 
 
+@pytest.mark.parametrize("shape", [(900, 1600), (1600, 900)])
+@pytest.mark.parametrize("size", [28, 56, 112, 224])
+def test_a_crop_takes_the_whole_short_side_of_any_length(shape, size):
+    """900 / 224 * 224 is more than 900, and Pillow takes nothing from outside a picture."""
+    image = np.full((*shape, 1), 77, np.uint8)
+    assert (fit_image(image, image_size=(size, size), resize="crop") == 77).all()
+
+
 @pytest.mark.parametrize("resize", ["squash", "crop"])
 def test_shrinking_does_not_alias(resize):
     stripes = np.zeros((256, 256, 1), np.uint8)

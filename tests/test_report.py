@@ -58,8 +58,10 @@ def gray_images(positions):
     )
 
 
-def write_report(workdir, **arguments):
-    return Page(report.write_report(workdir, gallery_images=gray_images, **arguments))
+def write_report(workdir, samples=()):
+    if len(samples):
+        np.save(workdir / report.SAMPLES, samples)
+    return Page(report.write_report(workdir, gallery_images=gray_images))
 
 
 def decode(uri):
@@ -105,7 +107,7 @@ def run(tmp_path):
 
 
 def test_it_says_what_the_files_say(run):
-    page = write_report(run, sample_images=gray_images([1, 2, 3]))
+    page = write_report(run, samples=gray_images([1, 2, 3]))
     results = json.loads((run / "results.json").read_text())
     low, high = results["top1_interval"]
     right = round(200 * results["top1"])
@@ -203,7 +205,7 @@ def test_file_names_that_are_not_utf8_are_shown_as_far_as_they_go(tmp_path, surr
 
 
 def test_the_policy_admits_nothing_from_elsewhere(run):
-    page = write_report(run, sample_images=gray_images([1]))
+    page = write_report(run, samples=gray_images([1]))
     (meta,) = page.of("meta", **{"http-equiv": "Content-Security-Policy"})
     assert page.html.index("Content-Security-Policy") < page.html.index("<style>")
     policy = dict(part.strip().split(" ", 1) for part in meta["content"].split(";"))
@@ -307,7 +309,7 @@ def test_in_a_browser(tmp_path):
     logits, labels = random_logits(140, 7)
     logits, labels = logits[labels != 2], labels[labels != 2]
     workdir = write_run(tmp_path / "run", logits, labels, HOSTILE, temperature=1.2)
-    write_report(workdir, sample_images=gray_images(range(8)))
+    write_report(workdir, samples=gray_images(range(8)))
     with Browser() as browser:
         for width, scheme in [(1200, "light"), (390, "dark")]:
             browser.open(workdir / "report.html", width=width, scheme=scheme)

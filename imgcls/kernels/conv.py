@@ -20,7 +20,6 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
 # oneDNN has other code where channels are many.
 CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64), (1, 128, 4, 256, 256)
 
-_registered: set[str] = set()
 _registering = threading.Lock()
 
 
@@ -104,9 +103,8 @@ def target(kind: str, conv: Convolution) -> str:
     key = f"{kind} {conv} {onednn.algorithm(kind, conv)} {onednn.identity()}"
     name = f"imgcls_conv_{kind}_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     with _registering:
-        if name not in _registered:
+        if name not in ffi.handlers:
             ffi.register(name, onednn.build(kind, conv))
-            _registered.add(name)
     return name
 
 

@@ -40,7 +40,7 @@ _FRAME = _struct(
 )
 _HANDLER = C.CFUNCTYPE(C.c_void_p, C.POINTER(_FRAME))
 
-_handlers = {}  # XLA holds bare pointers to these, for ever
+handlers = {}  # XLA holds bare pointers to these, for ever
 
 
 def register(name: str, run: Callable[..., None]) -> None:
@@ -65,10 +65,10 @@ def register(name: str, run: Callable[..., None]) -> None:
             return frame.api.contents.error(details)
         return None
 
-    if not _handlers:
+    if not handlers:
         atexit.register(_drain)
-    _handlers[name] = _HANDLER(handle)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(_handlers[name]), platform="cpu")
+    handlers[name] = _HANDLER(handle)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handlers[name]), platform="cpu")
 
 
 def _addresses(buffers) -> list[int]:

@@ -83,7 +83,8 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and i == 0 else 1
                 block = Block(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm)
                 x = block(x, train=train)
-        return _pool_and_classify(self, x, norm if self.preactivation else None, train=train)
+        norm = norm if self.preactivation else None
+        return _pool_and_classify(self, x, norm, self.dropout_rate, train=train)
 
 
 class WideResNet(nn.Module):
@@ -107,7 +108,7 @@ class WideResNet(nn.Module):
                 width = 16 * self.width_factor * 2**stage
                 block = Block(width, stride, False, True, conv, norm, self.dropout_rate)
                 x = block(x, train=train)
-        return _pool_and_classify(self, x, norm, train=train, dropout_rate=0.0)
+        return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 
 def _bound(model: ResNet | WideResNet, train: bool) -> tuple[ModuleDef, ModuleDef]:
@@ -116,10 +117,9 @@ def _bound(model: ResNet | WideResNet, train: bool) -> tuple[ModuleDef, ModuleDe
     return conv, norm
 
 
-def _pool_and_classify(model, x, norm, *, train, dropout_rate=None) -> jax.Array:
+def _pool_and_classify(model, x, norm, dropout_rate, *, train) -> jax.Array:
     if norm is not None:  # pre-activation networks end with the activation
         x = nn.relu(norm()(x))
     x = x.mean((1, 2))
-    rate = model.dropout_rate if dropout_rate is None else dropout_rate
-    x = nn.Dropout(rate, deterministic=not train)(x.astype(jnp.float32))
+    x = nn.Dropout(dropout_rate, deterministic=not train)(x.astype(jnp.float32))
     return nn.Dense(model.num_classes)(x)

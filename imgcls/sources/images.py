@@ -113,11 +113,7 @@ def fit_image(
     new_height, new_width = image_size
     if (height, width) == (new_height, new_width):
         return image
-    box = None
-    if resize == "crop":
-        scale = min(height / new_height, width / new_width)
-        left, top = (width - scale * new_width) / 2, (height - scale * new_height) / 2
-        box = (left, top, left + scale * new_width, top + scale * new_height)
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR, box=box)
+    fit = ImageOps.fit if resize == "crop" else Image.Image.resize
+    picture = fit(picture, (new_width, new_height), Image.Resampling.BILINEAR)
     return np.asarray(picture).reshape(new_height, new_width, channels)
