@@ -128,41 +128,41 @@ def test_with_everything_on_too(undisturbed, tmp_path):
     assert final_arrays(tmp_path) == undisturbed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sent, told, code",
-    [(signal.SIGTERM, [1], 143), (signal.SIGINT, [0], 130), (signal.SIGTERM, [0, 1], 143)],
-    ids=["SIGTERM-second", "SIGINT-first", "SIGTERM-both"],
-)
-def test_a_signal_to_any_stops_all_at_the_same_step(undisturbed, tmp_path, sent, told, code):
-    pair = start_pair(tmp_path, small_config(**LONGER))
-    read_until(pair[0], "step 21 ")
+def stop(pair, sent, told, code):
+    """Signals some of a pair that runs; both must say the step that they stopped at: its number."""
     for i in told:
         pair[i].send_signal(sent)
     codes, printed = wait_for(*pair)
     assert codes == [code, code], printed
-    last = {text.splitlines()[-1] for text in printed}
-    assert len(last) == 1
-    stopped = re.fullmatch(rf"stopped by {sent.name}: step (\d+) is saved; .*", last.pop())
-    first, _ = finish(*start_pair(tmp_path, small_config(**LONGER)))
-    assert f"resumed at step {stopped[1]} of 50" in first
-    assert final_arrays(tmp_path) == undisturbed
+    (last,) = {text.splitlines()[-1] for text in printed}
+    return re.fullmatch(rf"stopped by {sent.name}: step (\d+) is saved; .*", last)[1]
+
+
+def kill(pair, victim):
+    """Kills one of a pair that runs; the other must end, too."""
+    pair[victim].kill()
+    try:
+        assert pair[1 - victim].wait(HEARTBEAT + 10) != 0
+    finally:
+        wait_for(*pair)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_one_ends_the_others_and_they_resume(undisturbed, tmp_path, victim):
-    pair = start_pair(tmp_path, small_config(**LONGER))
-    read_until(pair[0], "step 21 ")
-    pair[victim].kill()
-    survivor = pair[1 - victim]
-    try:
-        survivor.wait(HEARTBEAT + 10)
-        assert survivor.returncode != 0
-    finally:
-        wait_for(*pair)
-    first, _ = finish(*start_pair(tmp_path, small_config(**LONGER)))
-    assert "resumed at step" in first
+def test_whichever_is_stopped_or_killed_they_end_together_and_resume(undisturbed, tmp_path):
+    config, resumed = small_config(**LONGER), "training:"
+    for step, disturb, *arguments in [
+        (6, stop, signal.SIGTERM, [1], 143),
+        (15, stop, signal.SIGINT, [0], 130),
+        (24, kill, 0),
+        (30, stop, signal.SIGTERM, [0, 1], 143),
+        (39, kill, 1),
+    ]:
+        pair = start_pair(tmp_path, config)
+        assert resumed in read_until(pair[0], f"step {step} ")
+        stopped = disturb(pair, *arguments)
+        resumed = f"resumed at step {stopped} of 50" if stopped else "resumed at step"
+    first, _ = finish(*start_pair(tmp_path, config))
+    assert resumed in first
     assert final_arrays(tmp_path) == undisturbed
 
 

@@ -69,6 +69,11 @@ def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, mo
         return batch
 
     monkeypatch.setattr(_Run, "_train_batch", record)
+    quick_to_compile = {
+        "train__accumulate_steps": 1,
+        "train__early_epochs": 0.0,
+        "augment__rotate_degrees": 0.0,
+    }
 
     def on(number, workdir, until=None):
         nonlocal devices
@@ -77,8 +82,7 @@ def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, mo
         for module in (train, classifier):
             monkeypatch.setattr(module, "make_mesh", lambda: mesh)
         start = len(given)
-        cheap = {"train__accumulate_steps": 1, "augment__rotate_degrees": 0.0}  # to compile
-        session(workdir, small_config(**EVERYTHING | cheap), until)
+        session(workdir, small_config(**EVERYTHING | quick_to_compile), until)
         return given[start + 1 :]  # the first batch is only compiled for
 
     devices = 2
