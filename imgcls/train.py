@@ -139,7 +139,9 @@ class _Run:
             )
             images = self.splits["train"].read(self.order[0])["image"]
             sample = experiment.build_preprocess(c)(images)
-            create = jax.jit(create, out_shardings=replicated(self.mesh)).lower(self.rng, sample)
+            options = {"compiler_options": backend.compiler_options(once=True)}
+            create = jax.jit(create, out_shardings=replicated(self.mesh), **options)
+            create = create.lower(self.rng, sample)
             create = interruptibly(create.compile)
             backend.check_memory(create)
             self.state = interruptibly(lambda: create(self.rng, sample))
@@ -218,12 +220,6 @@ class _Run:
         if self.step < self.total_steps or self._validation_due():
             self._compile()
         self.writer = MetricWriter(self.workdir, start_step=self.step)
-        if self.step == 0 and is_main():
-            batch = self._read_train(self.order[0])
-            images = experiment.augmented_images(self.config, batch, len(self.class_names))
-            images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
-            np.save(self.workdir / SAMPLES, images)
-            self.writer.image("train/augmented", image_grid(images), 0)
         stopping.poll()
         self.clock = time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
@@ -232,6 +228,8 @@ class _Run:
             while self.step < self.total_steps:
                 step = self.train_steps[self.step < self.early_steps]
                 self.state, metrics = step(self.state, self._train_batch(), self.rng)
+                if self.step == 0 and is_main():
+                    self._write_samples()  # while the device computes
                 self.step += 1
                 self.timed_steps += 1
                 self.window.add(self.step, metrics)
@@ -239,6 +237,13 @@ class _Run:
                 self.bar.update()
                 self._between_steps()
         self.writer.close()
+
+    def _write_samples(self) -> None:
+        batch = self._read_train(self.order[0])
+        images = experiment.augmented_images(self.config, batch, len(self.class_names))
+        images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
+        np.save(self.workdir / SAMPLES, images)
+        self.writer.image("train/augmented", image_grid(images), 0)
 
     def _between_steps(self) -> None:
         c, last = self.config.train, self.step == self.total_steps
