@@ -89,21 +89,24 @@ def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
 class MetricWriter:
     """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on.
 
-    In any process but the first it writes nothing.
+    Validation rows are kept up to `validated_step`: the restored step may not have been validated
+    when it was saved. In any process but the first it writes nothing.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int):
+    def __init__(self, workdir: Path, *, start_step: int, validated_step: int):
         self._writes = is_main()
         if not self._writes:
             return
         self._path = workdir / "metrics.jsonl"
-        self._cut(start_step)
+        self._cut(start_step, validated_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventWriter(workdir, start_step=start_step + 1)
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, step: int, validated_step: int) -> None:
         """Removes a torn last line, and lines past the restored step: they will come again."""
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        last = {"validation": validated_step}
+        rows = read_metrics(self._path)
+        kept = [row for row in rows if row["step"] <= last.get(row["split"], step)]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self._path)

@@ -23,7 +23,7 @@ from imgcls.report import SAMPLES
 from imgcls.sharding import make_mesh, put_batch, replicated
 from imgcls.state import TrainState, count_parameters, create_state
 from imgcls.steps import eval_step, train_step
-from imgcls.stopping import StopSignal, interruptibly
+from imgcls.stopping import StopSignal, in_thread, interruptibly
 from imgcls.workdir import claim, read_json, write_json
 
 STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
@@ -166,6 +166,7 @@ class _Run:
                 )
 
     def _compile(self) -> None:
+        """The steps that come next. Images are larger after the early ones: another program."""
         c, options = self.config, {"compiler_options": backend.compiler_options()}
         everywhere = replicated(self.mesh)
         common = {"model": self.model, "preprocess": experiment.build_preprocess(c)}
@@ -180,25 +181,29 @@ class _Run:
         )
         validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)
 
-        def compile_step(batch: dict[str, jax.Array], *, early: bool) -> Any:
+        state = jax.tree.map(  # the arrays themselves are soon donated
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        batch = self._train_batch()
+
+        def compile_step(*, early: bool) -> jax.stages.Compiled:
             step = partial(train, augment=experiment.build_augment(c, early=early))
             step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, **options)
-            return step.lower(self.state, batch, self.rng).compile()
+            program = step.lower(state, batch, self.rng).compile()
+            backend.check_memory(program)
+            return program
 
-        def compile_all() -> None:
-            # Images are smaller in the early steps: a program for these, one for the others.
-            left = {step < self.early_steps for step in (self.step, self.total_steps - 1)}
-            batch = self._train_batch()
-            self.train_steps = {early: compile_step(batch, early=early) for early in left}
+        def compile_now() -> None:
+            early = self.step < self.early_steps
+            self.train_steps = {early: compile_step(early=early)}
             if "validation" in self.splits:
-                batch = next(self._validation_batches())
-                self.eval_step = validate.lower(self.state, batch).compile()
+                images = next(self._validation_batches())
+                self.eval_step = validate.lower(state, images).compile()
 
         say("compiling ...")
         started = time.perf_counter()
-        interruptibly(compile_all)
-        for program in self.train_steps.values():
-            backend.check_memory(program)
+        interruptibly(compile_now)
+        self.compile_later = partial(compile_step, early=False)
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
     def _train_batch(self) -> dict[str, jax.Array]:
@@ -219,15 +224,18 @@ class _Run:
         """To the last step. What is due between two steps is logged, validated and saved there."""
         if self.step < self.total_steps or self._validation_due():
             self._compile()
-        self.writer = MetricWriter(self.workdir, start_step=self.step)
+        self.writer = MetricWriter(
+            self.workdir, start_step=self.step, validated_step=self.meta["validated_step"]
+        )
         stopping.poll()
+        several = self.step < self.early_steps < self.total_steps
+        self.later = in_thread(self.compile_later) if several else None  # beside the early steps
         self.clock = time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
         with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
             self._between_steps()
             while self.step < self.total_steps:
-                step = self.train_steps[self.step < self.early_steps]
-                self.state, metrics = step(self.state, self._train_batch(), self.rng)
+                self.state, metrics = self._train_step()(self.state, self._train_batch(), self.rng)
                 if self.step == 0 and is_main():
                     self._write_samples()  # while the device computes
                 self.step += 1
@@ -237,6 +245,12 @@ class _Run:
                 self.bar.update()
                 self._between_steps()
         self.writer.close()
+
+    def _train_step(self) -> jax.stages.Compiled:
+        early = self.step < self.early_steps
+        if self.later is not None and (self.later.done() or not early):
+            self.train_steps[False], self.later = self.later.result(), None
+        return self.train_steps[early]
 
     def _write_samples(self) -> None:
         batch = self._read_train(self.order[0])

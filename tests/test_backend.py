@@ -10,12 +10,16 @@ from tests.conftest import small_config
 compiler_options = backend.compiler_options.__wrapped__  # not what an earlier call found
 
 
-def test_a_cpu_compiles_with_our_options_unless_the_user_names_one(monkeypatch):
-    assert compiler_options() == backend.CPU_OPTIONS
-    assert jax.jit(jnp.negative, compiler_options=compiler_options())(2.0) == -2
-    (name,) = backend.CPU_OPTIONS
-    monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_NONE")
-    assert compiler_options() is None
+@pytest.mark.parametrize("once", [False, True])
+def test_a_cpu_compiles_with_our_options_unless_the_user_names_one(once, monkeypatch):
+    options = backend.QUICK_TO_COMPILE if once else backend.CPU_OPTIONS
+    monkeypatch.delenv("XLA_FLAGS")
+    assert compiler_options(once=once) == options
+    assert jax.jit(jnp.negative, compiler_options=options)(2.0) == -2
+    (name,) = options
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=whatever")
+    assert compiler_options(once=once) is None
+    assert compiler_options(once=not once) is not None
 
 
 def test_another_backend_is_told_nothing(monkeypatch):

@@ -153,14 +153,15 @@ def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch, 
 
 def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
     rows = [{"step": step, "split": "train", "loss": 1.0} for step in (3, 5, 6)]
+    rows.insert(2, rows[1] | {"split": "validation"})  # step 5 was saved before it was validated
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "spl')
-    writer = MetricWriter(tmp_path, start_step=5)
-    writer.write(rows[2] | {"loss": 2.0})
+    writer = MetricWriter(tmp_path, start_step=5, validated_step=3)
+    writer.write(rows[3] | {"loss": 2.0})
     writer.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         *rows[:2],
-        rows[2] | {"loss": 2.0},
+        rows[3] | {"loss": 2.0},
     ]
 
 
