@@ -321,4 +321,4 @@ def augmented_images(config: ConfigDict, batch: dict[str, Any], num_classes: int
     rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     augment = build_augment(config, early=config.train.early_epochs > 0)
     apply = partial(augment_batch, augment=augment, num_classes=num_classes)
-    return jax.jit(apply, compiler_options=backend.compiler_options(once=True))(rng, batch)[0]
+    return jax.jit(apply)(rng, batch)[0]
