@@ -34,7 +34,7 @@ def start() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-        # The many small programs, too: together they take longer than the training step to load.
+        # Small programs, too: compiled anew, the start-up check of oneDNN takes a second longer.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
