@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from imgcls import backend, stopping
-from imgcls.errors import BadExampleError, UserError
+from imgcls.errors import BadExampleError, UserError, first_line
 from imgcls.logs import progress
 from imgcls.sources import Source
 from imgcls.sources.images import fit_image
@@ -140,7 +140,7 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]
     # Shards, and "all", are for TFDS's own files.
     except (ValueError, NotImplementedError, AttributeError) as error:
         sizes = ", ".join(f"{name} ({len(s)} examples)" for name, s in sources.items())
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"split {spec!r}: {reason}; this dataset has {sizes}") from None
     slices = [
         (p.splitname, p.from_ or 0, len(sources[p.splitname]) if p.to is None else p.to)

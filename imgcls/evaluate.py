@@ -53,7 +53,8 @@ def evaluate(
         poll: called before each batch; may raise to stop.
     """
     config, step = classifier.config, int(classifier.state.step)
-    if splits[split].class_names != classifier.class_names:
+    examples = splits[split]
+    if examples.class_names != classifier.class_names:
         raise UserError(
             f"the classes of the data are no longer those that {workdir} was trained on: restore "
             "the data, or train again in another --workdir"
@@ -64,7 +65,6 @@ def evaluate(
         _break_seal(workdir, checkpoint, step)
     wanted = [split, *({"validation"} & splits.keys() - {split})]
     logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
-    examples = splits[split]
     try:
         temperature = None
         if "validation" in splits:

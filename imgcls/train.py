@@ -247,6 +247,7 @@ class _Run:
         self.writer.close()
 
     def _train_step(self) -> jax.stages.Compiled:
+        """The program of this step. The later one's errors are raised as soon as it has ended."""
         early = self.step < self.early_steps
         if self.later is not None and (self.later.done() or not early):
             self.train_steps[False], self.later = self.later.result(), None
