@@ -70,9 +70,9 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.batch_size = 256
     config.train.accumulate_steps = 1  # parts of a batch computed one after the other
-    config.train.epochs = 14
-    config.train.early_epochs = 11.0  # first ones on smaller images: much less to compute
-    config.train.early_image_size = (20, 20)
+    config.train.epochs = 18
+    config.train.early_epochs = 15.0  # first ones on smaller images: much less to compute
+    config.train.early_image_size = (16, 16)
     config.train.log_every_steps = 20
     config.train.validate_every_epochs = 2
     config.train.checkpoint_every_epochs = 1
