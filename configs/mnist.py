@@ -4,6 +4,8 @@
 
 Test top-1 99.63%, mean of 3 seeds (99.68, 99.61, 99.61; 95% interval of the mean: 99.53 to 99.73),
 360 s for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16, no AMX).
+In float32, in a slow hour of an Intel Xeon (2 cores, AVX-512): 99.58% (seed 0) in 837 s; what takes
+less time there is in benchmarks/README.md.
 """
 
 from ml_collections import ConfigDict
