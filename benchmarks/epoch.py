@@ -72,7 +72,9 @@ def main(_: list[str]) -> None:
     say(f"bare step x {run.steps_per_epoch} steps / epoch: {statistics.median(ratios):.3f}")
     values = {"epoch_seconds": epochs, "bare_step_seconds": bare, "ratios": ratios}
     values |= {"steps_per_epoch": run.steps_per_epoch, "ratio": statistics.median(ratios)}
-    common.write_result("epoch", config.data.name, values | {"config": experiment.to_json(config)})
+    values |= {"dtype": run.model.dtype.name, "config": experiment.to_json(config)}
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    common.write_result("epoch", name, values)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--sweep batch_size image_size examples devices] [--quick]
 
 Each point is a process of its own, so that its peak memory is its own. Writes results/scaling.json
-and a plot for each sweep, results/scaling_<sweep>.png. Plain XLA throughout `devices`: several
-simulated devices cannot have the oneDNN convolutions.
+and a plot for each sweep, results/scaling_<sweep>.png, unless --quick. Plain XLA throughout
+`devices`: several simulated devices cannot have the oneDNN convolutions.
 """
 
 import argparse
@@ -109,8 +109,9 @@ def main() -> None:
             worker.close()
             rate, peak = points[-1]["images_per_second"], points[-1]["peak_mib"]
             print(f"{sweep} {value}: {rate:.0f} images/s, peak {peak:.0f} MiB", flush=True)
-        plot(sweep, points)
-        common.write_result("scaling", sweep, {"widths": widths, "points": points})
+        if not arguments.quick:
+            plot(sweep, points)
+            common.write_result("scaling", sweep, {"widths": widths, "points": points})
 
 
 if __name__ == "__main__":

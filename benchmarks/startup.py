@@ -28,9 +28,14 @@ def main_py(folder: Path, *flags: str) -> subprocess.Popen:
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, str(common.ROOT / "main.py"), f"--workdir={folder / 'run'}", *flags]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
+    with _errors(folder).open("w") as errors:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+
+
+def _errors(folder: Path) -> Path:
+    return folder / "stderr.txt"
 
 
 def start(folder: Path, *flags: str) -> dict[str, float]:
@@ -50,6 +55,7 @@ def start(folder: Path, *flags: str) -> dict[str, float]:
     process.stdout.close()
     process.wait()
     if "first_step_ends" not in seconds:
+        sys.stderr.write(_errors(folder).read_text())
         raise SystemExit(f"main.py did not reach its first step (exit code {process.returncode})")
     seconds["begins_without_compilation"] = seconds["first_step_begins"] - seconds["compilation"]
     return seconds
@@ -77,13 +83,14 @@ def memory(folder: Path, *flags: str) -> dict[int, float]:
             epoch[0] = int(found[1]) + 1
     thread.join()
     if process.wait():
+        sys.stderr.write(_errors(folder).read_text())
         raise SystemExit(f"main.py ended with exit code {process.returncode}")
     return peaks
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--config", default="configs/cifar10.py")
+    parser.add_argument("--config", default=str(common.ROOT / "configs/cifar10.py"))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
     arguments, more = parser.parse_known_args()

@@ -111,6 +111,8 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     if arguments.collect and flags:
         parser.error(f"{' '.join(flags)}: runs that are finished take no more flags")
+    if arguments.seeds < 1:
+        parser.error("--seeds: at least 1")
     name = Path(arguments.config).stem
     workdirs = arguments.collect
     if not workdirs:

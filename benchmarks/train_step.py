@@ -35,6 +35,11 @@ def work(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The contender, compiled and warm: its parameters, and what runs it and gives the seconds."""
     kind, dtype = arguments.serve.rsplit("-", 1)
     config = network_config(arguments.network[0], batch_size=arguments.batch_size, dtype=dtype)
+    if kind == "imgcls":
+        from imgcls import backend
+
+        if backend.compute_dtype(config) != dtype:  # main.py falls back, a figure must not
+            raise NotImplementedError(f"{dtype} is not fast on this CPU")
     contender = BUILDERS[kind](config)
 
     def run(count: int) -> dict[str, float]:
@@ -63,7 +68,9 @@ def measure(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
             workers[name] = worker
             print(f"{name}: {worker.hello['parameters']:,} parameters, ready", flush=True)
     parameters = {worker.hello["parameters"] for worker in workers.values()}
-    assert len(parameters) <= 1, "the contenders do not compute the same network"
+    if not workers:
+        raise SystemExit("error: --contenders: none of them runs here, nothing is written")
+    assert len(parameters) == 1, "the contenders do not compute the same network"
     seconds = {name: [] for name in workers}
     idle = 0.0  # the share of a core that the others use in somebody's turn
     for _ in range(arguments.repetitions):
@@ -86,7 +93,7 @@ def measure(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "steps": arguments.steps,
-        "parameters": next(iter(parameters), None),
+        "parameters": parameters.pop(),
         "images_per_second": rates,
         "ratios": ratios,
         "seconds": seconds,
@@ -112,7 +119,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=0, help="0: that of the config")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="in a turn; images for evaluate")
-    parser.add_argument("--contenders", nargs="+", default=None)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
     parser.add_argument("--measure", choices=("train", "evaluate"), default="train")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
