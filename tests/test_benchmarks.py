@@ -1,6 +1,7 @@
 """The programs in benchmarks/: their statistics, what they refuse, and the table in the README."""
 
 import json
+from argparse import Namespace
 
 import common
 import contenders
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import readme_table
 import time_to_accuracy
+import train_step
 from scipy.stats import ttest_1samp
 
-from imgcls import experiment
+from imgcls import backend, experiment
 from imgcls.errors import UserError
 from tests.conftest import ROOT, flags_of, small_config
 from tests.finished_run import random_logits, write_run
@@ -166,6 +168,13 @@ def test_the_alternatives_are_given_the_projects_own_network(network):
     assert sorted(p.shape for p in jax.tree.leaves(ours)) == sorted(
         p.shape for p in jax.tree.leaves(plain)
     )
+
+
+def test_no_figure_of_bfloat16_is_one_of_float32(monkeypatch):
+    monkeypatch.setattr(backend, "compute_dtype", lambda config: "float32")
+    arguments = Namespace(serve="imgcls-bfloat16", network=["cifar10"], batch_size=0)
+    with pytest.raises(NotImplementedError, match="bfloat16 is not fast on this CPU"):
+        train_step.work(arguments)
 
 
 @pytest.mark.parametrize(
