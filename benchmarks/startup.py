@@ -28,19 +28,18 @@ def main_py(folder: Path, *flags: str) -> subprocess.Popen:
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [sys.executable, str(common.ROOT / "main.py"), f"--workdir={folder / 'run'}", *flags]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    with _errors(folder).open("w") as errors:
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
-def _errors(folder: Path) -> Path:
-    return folder / "stderr.txt"
+def failed(process: subprocess.Popen, line: str) -> SystemExit:
+    return SystemExit(f"main.py ended with exit code {process.returncode}: {line.strip()}")
 
 
 def start(folder: Path, *flags: str) -> dict[str, float]:
     """Seconds to the start and the end of the first step, and those of them in compilation."""
-    began, seconds = time.perf_counter(), {}
+    began, seconds, line = time.perf_counter(), {}, ""
     process = main_py(folder, *flags, "--config.train.log_every_steps=1")
     for line in process.stdout:
         now = time.perf_counter() - began
@@ -55,15 +54,14 @@ def start(folder: Path, *flags: str) -> dict[str, float]:
     process.stdout.close()
     process.wait()
     if "first_step_ends" not in seconds:
-        sys.stderr.write(_errors(folder).read_text())
-        raise SystemExit(f"main.py did not reach its first step (exit code {process.returncode})")
+        raise failed(process, line)
     seconds["begins_without_compilation"] = seconds["first_step_begins"] - seconds["compilation"]
     return seconds
 
 
 def memory(folder: Path, *flags: str) -> dict[int, float]:
     """Peak resident MiB by epoch; 0 is before training, the one past the last is testing."""
-    process, epoch, peaks = main_py(folder, *flags), [0], {}
+    process, epoch, peaks, line = main_py(folder, *flags), [0], {}, ""
 
     def sample() -> None:
         while process.poll() is None:
@@ -83,8 +81,7 @@ def memory(folder: Path, *flags: str) -> dict[int, float]:
             epoch[0] = int(found[1]) + 1
     thread.join()
     if process.wait():
-        sys.stderr.write(_errors(folder).read_text())
-        raise SystemExit(f"main.py ended with exit code {process.returncode}")
+        raise failed(process, line)
     return peaks
 
 
