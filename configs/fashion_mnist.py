@@ -1,4 +1,4 @@
-"""Fashion-MNIST: the network and the schedule of mnist.py.
+"""Fashion-MNIST, with a CNN like that of mnist.py.
 
     python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
