@@ -1,10 +1,13 @@
 """The notebook as a student meets it: carrying its outputs, and running from top to bottom."""
 
 import ast
+import importlib
 import os
+import re
 
 import pytest
 
+from imgcls.experiment import validate
 from tests.conftest import ROOT, as_users
 
 nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
@@ -57,6 +60,18 @@ def test_the_code_uses_the_package_and_repeats_none_of_it(notebook):
     assert {"imgcls", "imgcls.train"} <= modules
     assert "nn.Module" not in source and "flax" not in source and "optax" not in source
     assert source.count("DATASET = ") == 1 and 'DATASET = "digits"' in source
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "mnist", "fashion_mnist"])
+def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(notebook, dataset):
+    get_config = importlib.import_module(f"configs.{dataset}").get_config
+    names = {"get_config": get_config, "config": get_config()}
+    checked = []
+    names["run"] = lambda config, name: checked.append(validate(config))
+    for cell in code_cells(notebook):
+        if "without_test(" in cell.source:  # its runs come before what it draws
+            exec(re.split("^(?:scores|_, panels) = ", cell.source, flags=re.M)[0], names)
+    assert len(checked) == 6
 
 
 @pytest.mark.slow
