@@ -62,8 +62,9 @@ class Imgcls:
     """This project: the step that main.py compiles, on random images in memory."""
 
     def __init__(self, config: ConfigDict, examples: int = 0):
-        from imgcls import backend, experiment
-        from imgcls.data import Split
+        from imgcls import experiment
+        from imgcls.data.splits import Split
+        from imgcls.run import machine
         from imgcls.state import count_parameters
         from imgcls.train import _Run
 
@@ -72,7 +73,7 @@ class Imgcls:
             names = tuple(f"class {k}" for k in range(CLASSES))
             return Split("random", *random_images(config, count), range(count), names)
 
-        backend.start()
+        machine.start()
         examples = examples or config.train.batch_size
         experiment.open_splits = lambda config, *names: [split(examples)] * len(names)
         self.split = split
@@ -91,7 +92,7 @@ class Imgcls:
 
     @cached_property
     def classifier(self) -> Any:
-        from imgcls.classifier import Classifier
+        from imgcls.inference.classifier import Classifier
 
         return Classifier(self.run.config, self.run.model, self.run.state, self.run.meta)
 

@@ -7,6 +7,7 @@ two epochs the same compiled step runs alone on one batch, so that the two alter
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from imgcls import backend, cli, experiment
-from imgcls.checkpoint import Checkpoints
-from imgcls.logs import say
-from imgcls.stopping import StopSignal
+from imgcls import experiment
+from imgcls.run import cli, machine
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.logs import say
+from imgcls.run.signals import StopSignal
 from imgcls.train import _Run
 
 CONFIG = config_flags.DEFINE_config_file("config", str(common.ROOT / "configs/cifar10.py"))
@@ -61,7 +63,7 @@ def main(_: list[str]) -> None:
     config.train.early_epochs = 0.0
     config.train.validate_every_epochs = config.train.checkpoint_every_epochs = 1
     experiment.validate(config)
-    backend.start()
+    machine.start()
     with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
         run = Run(config, Path(folder), Checkpoints(Path(folder) / "checkpoints"), stop)
         run.train()
@@ -77,5 +79,9 @@ def main(_: list[str]) -> None:
     common.write_result("epoch", name, values)
 
 
+def define_flags() -> None:
+    pass
+
+
 if __name__ == "__main__":
-    cli.run(main, usage=__doc__)
+    cli.run(lambda: sys.modules[__name__], sys.argv)

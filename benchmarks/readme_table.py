@@ -9,7 +9,7 @@ from typing import Any
 
 import common
 
-from imgcls.workdir import read_json
+from imgcls.run.workdir import read_json
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 HEAD = ["config", "test top-1", "95% interval", "over", "time", "images/s", "commit"]

@@ -18,7 +18,7 @@ from typing import Any
 import common
 
 from imgcls.errors import UserError
-from imgcls.workdir import read_json, write_json
+from imgcls.run.workdir import read_json, write_json
 
 COMMAND = "command.json"  # in a workdir: what only the one who typed the command knows
 

@@ -8,7 +8,7 @@ probabilities = classifier(images)  # uint8[N, h, w, C] -> float32[N, K]
 
 def __getattr__(name: str):
     if name == "load":  # imported when asked for: the commands' --help need not wait for JAX
-        from imgcls.classifier import load
+        from imgcls.inference.classifier import load
 
         return load
     raise AttributeError(f"module 'imgcls' has no attribute {name!r}")

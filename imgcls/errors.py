@@ -3,6 +3,9 @@
 Anything else that escapes is a defect of this project and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ImgclsError(Exception):
     """Base: its text is one line that names the file, flag or field, and the remedy."""
@@ -40,6 +43,12 @@ class Stopped(ImgclsError):
 
 class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "did you mean X?" of the nearest of the known names; empty where none is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

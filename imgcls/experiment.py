@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from imgcls import backend, data
 from imgcls.augment import compose, resized
+from imgcls.data import splits
+from imgcls.data.sources import open_sources
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.models.resnet import STAGES
 from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
-from imgcls.sources import open_sources
+from imgcls.run import machine
+from imgcls.run.workdir import read_json
 from imgcls.steps import augment_batch, normalize
-from imgcls.workdir import read_json
 
 
 def _one_of(*names: str) -> tuple[type, Callable[[Any], bool], str]:
@@ -216,7 +217,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) ->
         raise UserError(f"{workdir} holds a run of another config: {shown}; use another --workdir")
 
 
-def open_splits(config: ConfigDict, *names: str) -> list[data.Split]:
+def open_splits(config: ConfigDict, *names: str) -> list[splits.Split]:
     """The splits that config.data names "train", "validation" or "test", decoded."""
     c = config.data
     sources = open_sources(
@@ -224,13 +225,13 @@ def open_splits(config: ConfigDict, *names: str) -> list[data.Split]:
     )
     if c.validation:
         for other in (c.train, c.test):
-            if data.overlapping(sources, c.validation, other):
+            if splits.overlapping(sources, c.validation, other):
                 raise UserError(
                     f"config.data.validation={c.validation!r} shares examples with {other!r}"
                 )
-    if data.overlapping(sources, c.train, c.test):
+    if splits.overlapping(sources, c.train, c.test):
         raise UserError(f"config.data.train={c.train!r} shares examples with {c.test!r}")
-    return data.load_splits(
+    return splits.load_splits(
         sources,
         [c[name] for name in names],
         image_size=tuple(c.image_size),
@@ -249,12 +250,12 @@ def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = Fal
     jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
     conv = nn.Conv
     if cpu_kernels:
-        from imgcls import kernels
+        from imgcls import cpu
 
-        conv = partial(nn.Conv, conv_general_dilated=kernels.conv_general_dilated)
+        conv = partial(nn.Conv, conv_general_dilated=cpu.conv_general_dilated)
     return MODELS[config.model.name](
         num_classes=num_classes,
-        dtype=jnp.dtype(backend.compute_dtype(config)),
+        dtype=jnp.dtype(machine.compute_dtype(config)),
         conv=conv,
         **fields,
     )

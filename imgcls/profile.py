@@ -1,6 +1,6 @@
 """Where a training step's time goes: a trace of a few steps, and the dearest operations.
 
-    python -m imgcls.profile --workdir=runs/cifar10 [--steps=5]
+    python -m imgcls profile --workdir=runs/cifar10 [--steps=5]
 
 Reads the run's own config and continues in memory from its latest checkpoint, or from the start.
 Writes the trace to WORKDIR/profile, and opens the checkpoints as a resume does: a damaged one is
@@ -15,13 +15,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imgcls import backend, cli, experiment
-from imgcls.checkpoint import Checkpoints
+from imgcls import experiment
 from imgcls.errors import UserError
-from imgcls.logs import say
-from imgcls.stopping import StopSignal
+from imgcls.run import cli, machine
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.logs import say
+from imgcls.run.signals import StopSignal
+from imgcls.run.workdir import claim
 from imgcls.train import _Run
-from imgcls.workdir import claim
 
 SHOWN = 15
 VIEWERS = """\
@@ -40,7 +41,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
     Raises:
         UserError, CheckpointError: the workdir holds no run, a damaged one, or one under way.
     """
-    backend.start()
+    machine.start()
     config = experiment.load_config(workdir)
     with StopSignal() as stop, claim(workdir):
         run = _Run(config, workdir, Checkpoints(workdir / "checkpoints"), stop)
@@ -79,13 +80,11 @@ def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, 
     return [(name, sources.get(name, "").partition("/")[2], t) for name, t in spent.most_common()]
 
 
-def _main(_: list[str]) -> None:
+def define_flags() -> None:
+    flags.DEFINE_integer("steps", 5, "How many training steps to trace.")
+
+
+def main(_: list[str]) -> None:
     if flags.FLAGS.steps < 1:
         raise UserError(f"--steps={flags.FLAGS.steps} must be at least 1")
     profile(cli.required_workdir(), steps=flags.FLAGS.steps)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_integer("steps", 5, "How many training steps to trace.")
-    cli.define_workdir()
-    cli.run(_main, usage=__doc__)

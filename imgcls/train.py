@@ -1,4 +1,12 @@
-"""The training loop: wires data, model and steps together, logs, validates, saves and resumes."""
+"""Trains an image classifier, or resumes it, and says how good it is on the test split.
+
+    python main.py --config=configs/cifar10.py --workdir=runs/cifar10 [--config.key=value ...]
+
+Every key of the config can be set from the command line, such as --config.optim.learning_rate=0.1.
+The same command on the same --workdir resumes. Exit codes: 0 done; 2 the command, config or data is
+wrong; 3 training diverged; 4 checkpoint trouble; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
+On several machines, or as several processes: see their flags below.
+"""
 
 import time
 from collections.abc import Iterator
@@ -8,23 +16,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from imgcls import backend, experiment, stopping
-from imgcls.checkpoint import Checkpoints
-from imgcls.classifier import Classifier, state_target
-from imgcls.data import TrainOrder, eval_order
-from imgcls.distributed import Agreement, is_main
+from imgcls import experiment
+from imgcls.data.splits import TrainOrder, eval_order
 from imgcls.errors import CheckpointError, DivergedError, UserError
-from imgcls.evaluate import evaluate
-from imgcls.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
+from imgcls.evaluation.evaluate import evaluate
+from imgcls.evaluation.report import SAMPLES
+from imgcls.inference.classifier import Classifier, state_target
 from imgcls.losses import cross_entropy
-from imgcls.report import SAMPLES
-from imgcls.sharding import make_mesh, put_batch, replicated
+from imgcls.parallel import is_main, make_mesh, put_batch, replicated
+from imgcls.run import cli, machine, processes, signals
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
+from imgcls.run.processes import Agreement
+from imgcls.run.signals import StopSignal, in_thread, interruptibly
+from imgcls.run.workdir import claim, read_json, write_json
 from imgcls.state import TrainState, count_parameters, create_state
 from imgcls.steps import eval_step, train_step
-from imgcls.stopping import StopSignal, in_thread, interruptibly
-from imgcls.workdir import claim, read_json, write_json
 
 STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
 
@@ -36,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         UserError, DivergedError, CheckpointError, Stopped: see `imgcls.errors`.
     """
     workdir = Path(workdir)
-    backend.start()
+    machine.start()
     experiment.validate(config)
     with StopSignal() as stop, claim(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints")
@@ -86,9 +96,9 @@ class _Run:
         self.rng = jax.jit(
             partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
         )()
-        stopping.poll()
+        signals.poll()
         self._restore_or_create()
-        stopping.poll()
+        signals.poll()
 
     def _describe_data(self) -> None:
         c = self.config
@@ -105,13 +115,13 @@ class _Run:
     def _restore_or_create(self) -> None:
         """The model, the state, and `meta`: what is saved beside it, in JSON types."""
         c, checkpoints = self.config, self.checkpoints
-        kernels = backend.choose_cpu_kernels(c)
+        kernels = machine.choose_cpu_kernels(c)
         self.meta: dict[str, Any] = {
             "class_names": list(self.class_names),
             "train_examples": len(self.splits["train"]),
-            "trained_by": backend.describe(),  # where and with what the run was started
+            "trained_by": machine.describe(),  # where and with what the run was started
             "cpu_kernels": kernels,
-            "bits": backend.decides_bits(cpu_kernels=kernels),
+            "bits": machine.decides_bits(cpu_kernels=kernels),
             "validated_step": 0,
             "seconds": 0.0,  # since the first start, all sessions together
             "train_seconds": 0.0,  # of them, in training steps
@@ -126,7 +136,7 @@ class _Run:
             self.state, saved = checkpoints.restore_latest(target)
             self._check_same_data(saved)
             kernels = kernels and saved["cpu_kernels"]
-            bits = backend.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
+            bits = machine.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
             self.meta = saved | {"cpu_kernels": kernels, "bits": bits}
             self.model = build(cpu_kernels=kernels)
             self.saved_step = int(self.state.step)
@@ -139,17 +149,17 @@ class _Run:
             )
             images = self.splits["train"].read(self.order[0])["image"]
             sample = experiment.build_preprocess(c)(images)
-            options = {"compiler_options": backend.compiler_options(once=True)}
+            options = {"compiler_options": machine.compiler_options(once=True)}
             create = jax.jit(create, out_shardings=replicated(self.mesh), **options)
             create = create.lower(self.rng, sample)
             create = interruptibly(create.compile)
-            backend.check_memory(create)
+            machine.check_memory(create)
             self.state = interruptibly(lambda: create(self.rng, sample))
         self.step = int(self.state.step)
         self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
         parameters = count_parameters(self.state.params)
         convolutions = ", convolutions by oneDNN" if self.meta["cpu_kernels"] else ""
-        device = backend.describe()["device"]
+        device = machine.describe()["device"]
         dtype = self.model.dtype.name
         if dtype != c.model.dtype:
             dtype += f" (no fast {c.model.dtype} on this CPU)"
@@ -167,7 +177,7 @@ class _Run:
 
     def _compile(self) -> None:
         """The steps that come next. Images are larger after the early ones: another program."""
-        c, options = self.config, {"compiler_options": backend.compiler_options()}
+        c, options = self.config, {"compiler_options": machine.compiler_options()}
         everywhere = replicated(self.mesh)
         common = {"model": self.model, "preprocess": experiment.build_preprocess(c)}
         train = partial(
@@ -190,7 +200,7 @@ class _Run:
             step = partial(train, augment=experiment.build_augment(c, early=early))
             step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, **options)
             program = step.lower(state, batch, self.rng).compile()
-            backend.check_memory(program)
+            machine.check_memory(program)
             return program
 
         def compile_now() -> None:
@@ -227,7 +237,7 @@ class _Run:
         self.writer = MetricWriter(
             self.workdir, start_step=self.step, validated_step=self.meta["validated_step"]
         )
-        stopping.poll()
+        signals.poll()
         several = self.step < self.early_steps < self.total_steps
         self.later = in_thread(self.compile_later) if several else None  # beside the early steps
         self.clock = time.perf_counter()
@@ -384,3 +394,33 @@ class _Run:
             checkpoint=self.config.eval.checkpoint,
             poll=poll,
         )
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "File with get_config(), such as configs/digits.py.", lock_config=True
+    )
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all.", 1)
+    flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds until a silent process is dead.", 1)
+
+
+def main(_: list[str]) -> None:
+    f = flags.FLAGS
+    if f.config is None:
+        raise UserError("--config is missing: try --config=configs/digits.py")
+    workdir = cli.required_workdir()
+    try:
+        config = f.config.copy_and_resolve_references()  # a file that failed to load fails here
+    except OSError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    with processes.session(
+        f.coordinator_address,
+        f.num_processes,
+        f.process_id,
+        start_timeout=f.start_timeout,
+        heartbeat_timeout=f.heartbeat_timeout,
+    ):
+        train_and_evaluate(config, workdir)

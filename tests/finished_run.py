@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imgcls.metrics import evaluate_logits
+from imgcls.evaluation.scores import evaluate_logits
 
 
 def random_logits(examples: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

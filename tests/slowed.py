@@ -4,9 +4,9 @@ import runpy
 import sys
 import time
 
-from imgcls import stopping
-from imgcls.checkpoint import Checkpoints
-from imgcls.classifier import Classifier
+from imgcls.inference.classifier import Classifier
+from imgcls.run import signals
+from imgcls.run.checkpoint import Checkpoints
 from imgcls.train import _Run
 
 
@@ -30,5 +30,5 @@ elif where == "save":
 elif where == "evaluation":
     slow_down(Classifier, "logits", 2)
 elif where == "a disk that hangs":
-    slow_down(Checkpoints, "wait", 600, lambda: stopping._active.requested is not None)
+    slow_down(Checkpoints, "wait", 600, lambda: signals._active.requested is not None)
 runpy.run_path("main.py", run_name="__main__")

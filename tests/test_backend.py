@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imgcls import backend
+from imgcls.run import machine
 from tests.conftest import small_config
 
-compiler_options = backend.compiler_options.__wrapped__  # not what an earlier call found
+compiler_options = machine.compiler_options.__wrapped__  # not what an earlier call found
 
 
 @pytest.mark.parametrize("once", [False, True])
 def test_a_cpu_compiles_with_our_options_unless_the_user_names_one(once, monkeypatch):
-    options = backend.QUICK_TO_COMPILE if once else backend.CPU_OPTIONS
+    options = machine.QUICK_TO_COMPILE if once else machine.CPU_OPTIONS
     monkeypatch.delenv("XLA_FLAGS")
     assert compiler_options(once=once) == options
     assert jax.jit(jnp.negative, compiler_options=options)(2.0) == -2
@@ -28,7 +28,7 @@ def test_another_backend_is_told_nothing(monkeypatch):
 
 
 def test_a_jaxlib_that_does_not_know_an_option_goes_without(monkeypatch):
-    monkeypatch.setattr(backend, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    monkeypatch.setattr(machine, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
     assert compiler_options() is None
 
 
@@ -37,11 +37,11 @@ def test_one_line_says_why_convolutions_are_not_onednns(platform, devices, monke
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     caplog.set_level("INFO")
-    assert not backend.choose_cpu_kernels(small_config())
+    assert not machine.choose_cpu_kernels(small_config())
     (record,) = caplog.records
     reason = platform if platform != "cpu" else devices
     assert record.message.startswith("convolutions run on plain XLA: ")
     assert record.message.endswith(f", not for {reason}")
     caplog.clear()
-    assert not backend.choose_cpu_kernels(small_config(model__cpu_kernels="off"))
+    assert not machine.choose_cpu_kernels(small_config(model__cpu_kernels="off"))
     assert not caplog.records  # it was asked for

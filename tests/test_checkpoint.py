@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from imgcls import experiment
-from imgcls.checkpoint import Checkpoints
-from imgcls.classifier import state_target
 from imgcls.errors import CheckpointError
-from imgcls.sharding import make_mesh, replicated
+from imgcls.inference.classifier import state_target
+from imgcls.parallel import make_mesh, replicated
+from imgcls.run.checkpoint import Checkpoints
 from tests.conftest import ROOT, small_config
 
 STATE = {
@@ -231,7 +231,7 @@ SAVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from imgcls.checkpoint import Checkpoints
+from imgcls.run.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 for step in range((checkpoints.steps() or [0])[-1] + 1, 10**6):
     checkpoints.save(step, {"x": np.random.default_rng(step).random(10**7, np.float32)}, {})

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from imgcls.compare import as_text, compare
 from imgcls.errors import UserError
+from imgcls.evaluation.compare import as_text, compare
 from tests.finished_run import random_logits, write_run
 
 
@@ -130,7 +130,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     hostile = "<script>alert(1)</script>"
     config = json.loads((runs[1] / "config.json").read_text()) | {"note": hostile}
     (runs[1] / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "imgcls.compare", *map(str, runs)]
+    command = [sys.executable, "-m", "imgcls", "compare", *map(str, runs)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=120

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imgcls import data
+from imgcls.data import splits
 from imgcls.errors import BadExampleError, UserError
 
 
@@ -34,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def load(sources, *specs, **options):
     options = {"image_size": (4, 4), "channels": 1, "resize": "squash"} | options
-    return data.load_splits(sources, specs, **options)
+    return splits.load_splits(sources, specs, **options)
 
 
 def test_split_strings_cut_every_source():
@@ -59,12 +59,12 @@ def test_unknown_or_empty_split_is_refused_with_the_sizes():
 
 def test_overlap_is_seen():
     sources = {"train": Numbers(10), "test": Numbers(4)}
-    assert data.overlapping(sources, "train[:50%]", "train[4:6]")
-    assert not data.overlapping(sources, "train[:50%]", "train[50%:]+test")
+    assert splits.overlapping(sources, "train[:50%]", "train[4:6]")
+    assert not splits.overlapping(sources, "train[:50%]", "train[50%:]+test")
 
 
 def test_training_takes_each_example_at_most_once_an_epoch_and_fairly_over_epochs():
-    order = data.TrainOrder(10, batch_size=3, seed=1)
+    order = splits.TrainOrder(10, batch_size=3, seed=1)
     seen = np.zeros(10, int)
     for epoch in range(200):
         taken = np.concatenate([order[epoch * 3 + i] for i in range(3)])
@@ -74,29 +74,29 @@ def test_training_takes_each_example_at_most_once_an_epoch_and_fairly_over_epoch
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    a, b = (data.epoch_order(100, seed=1, epoch=3) for _ in range(2))
+    a, b = (splits.epoch_order(100, seed=1, epoch=3) for _ in range(2))
     assert (a == b).all()
-    assert (a != data.epoch_order(100, seed=1, epoch=4)).any()
-    assert (a != data.epoch_order(100, seed=2, epoch=3)).any()
+    assert (a != splits.epoch_order(100, seed=1, epoch=4)).any()
+    assert (a != splits.epoch_order(100, seed=2, epoch=3)).any()
     # The steps of an epoch can be asked for in any order.
-    order = data.TrainOrder(100, batch_size=10, seed=1)
+    order = splits.TrainOrder(100, batch_size=10, seed=1)
     last, first = order[39], order[30]
     assert (first == a[:10]).all() and (last == a[90:]).all()
 
 
 def test_alternating_flip_shows_both_views_of_each_image_in_any_two_epochs():
-    order = data.TrainOrder(100, batch_size=10, seed=1)
+    order = splits.TrainOrder(100, batch_size=10, seed=1)
     everything = np.arange(100)
     first, second, third = (order.mirrored(everything, step) for step in (9, 10, 20))
     assert 30 < first.sum() < 70
     assert (first != second).all() and (first == third).all()
     assert (order.mirrored(everything[::-1], 0) == first[::-1]).all()
-    assert (data.TrainOrder(100, batch_size=10, seed=2).mirrored(everything, 0) != first).any()
+    assert (splits.TrainOrder(100, batch_size=10, seed=2).mirrored(everything, 0) != first).any()
 
 
 def test_evaluation_takes_each_example_exactly_once():
     (split,) = load({"train": Numbers(10)}, "train")
-    batches = [split.read(i) for i in data.eval_order(10, batch_size=4)]
+    batches = [split.read(i) for i in splits.eval_order(10, batch_size=4)]
     assert [len(b["label"]) for b in batches] == [4, 4, 4]
     images = np.concatenate([b["image"][b["mask"]] for b in batches])
     assert images[:, 0, 0, 0].tolist() == list(range(10))

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from imgcls.distributed import session
 from imgcls.errors import UserError
+from imgcls.run.processes import session
 from tests.conftest import FAST_COMPILATION, ROOT, flags_of, small_config
 from tests.test_faults import final_arrays, read_until
 from tests.test_train import EVERYTHING

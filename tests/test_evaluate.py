@@ -9,15 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from imgcls import backend, experiment, load
-from imgcls import evaluate as evaluation
+from imgcls import experiment, load
 from imgcls.errors import UserError
+from imgcls.evaluation import evaluate as evaluation
+from imgcls.run import machine
 from imgcls.train import train_and_evaluate
 from tests.conftest import ROOT, as_users, small_config
 
 
 def evaluate(workdir, *arguments):
-    command = [sys.executable, "-m", "imgcls.evaluate", f"--workdir={workdir}", *arguments]
+    command = [sys.executable, "-m", "imgcls", "evaluate", f"--workdir={workdir}", *arguments]
     options = {"capture_output": True, "text": True, "timeout": 300, "env": as_users()}
     return subprocess.run(command, cwd=ROOT, **options)
 
@@ -65,7 +66,7 @@ def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished
     elsewhere = {"device": "another", "versions": {}, "git_commit": "f" * 40}
     classifier = load(finished)
     (split,) = experiment.open_splits(classifier.config, "validation")
-    monkeypatch.setattr(backend, "describe", lambda: elsewhere)
+    monkeypatch.setattr(machine, "describe", lambda: elsewhere)
     after = evaluation.evaluate(
         classifier, {"validation": split}, finished, split="validation", checkpoint="latest"
     )
@@ -111,7 +112,7 @@ def test_a_report_of_other_examples_is_refused(finished, tmp_path):
     with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
         arrays = dict(saved)
     np.savez(workdir / "predictions.npz", **arrays | {"ids": arrays["ids"][::-1]})
-    command = [sys.executable, "-m", "imgcls.report", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "imgcls", "report", f"--workdir={workdir}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "the test examples are no longer those of" in result.stderr

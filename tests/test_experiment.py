@@ -11,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from imgcls import backend, experiment, kernels
+from imgcls import cpu, experiment
 from imgcls.errors import UserError
 from imgcls.losses import cross_entropy
 from imgcls.models import resnet
+from imgcls.run import machine
+from imgcls.run.workdir import write_json
 from imgcls.state import create_state
 from imgcls.steps import train_step
-from imgcls.workdir import write_json
 from tests.conftest import ROOT, small_config
 
 RNG = jax.random.key(0)
@@ -215,7 +216,7 @@ def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
 )
 def test_bfloat16_is_computed_where_the_device_has_it(platform, instructions, dtype, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(kernels, "has_bfloat16", lambda: instructions)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: instructions)
     model = experiment.build_model(small_config(model__dtype="bfloat16"), 10)
     assert model.dtype == dtype
 
@@ -226,7 +227,7 @@ def test_only_the_program_for_cpus_calls_our_kernels(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend_name)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = small_config()
-    cpu_kernels = backend.choose_cpu_kernels(config)
+    cpu_kernels = machine.choose_cpu_kernels(config)
     model = experiment.build_model(config, 10, cpu_kernels=cpu_kernels)
     tx, preprocess = optax.sgd(0.1), experiment.build_preprocess(config)
     step = partial(

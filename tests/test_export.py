@@ -15,11 +15,11 @@ import safetensors
 from flax.traverse_util import unflatten_dict
 
 from imgcls import experiment, load
-from imgcls import export as module
-from imgcls.classifier import Classifier
-from imgcls.data import Split
+from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
-from imgcls.export import FORMATS, FloatModel, export
+from imgcls.inference import export as module
+from imgcls.inference.classifier import Classifier
+from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import resnet
 from imgcls.state import create_state
 from tests.conftest import ROOT, small_config
@@ -151,7 +151,7 @@ def test_an_onnx_file_takes_bytes_of_the_right_size_alone(mlp, tmp_path):
 
 @needs_onnx
 def test_what_has_no_onnx_form_is_named():
-    from imgcls.onnx_graph import to_onnx
+    from imgcls.inference.onnx_graph import to_onnx
 
     spec = jax.ShapeDtypeStruct((2, 3), np.float32)
     for function, name in (
@@ -204,7 +204,7 @@ def test_a_file_takes_its_name_when_all_went_well(tmp_path):
     assert path.read_text() == "three"
 
 
-def run(*arguments, code=("-m", "imgcls.export")):
+def run(*arguments, code=("-m", "imgcls", "export")):
     command = [sys.executable, *code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -226,7 +226,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 def test_without_onnx_a_line_says_what_to_install(tmp_path):
     code = (
         "import runpy, sys; sys.modules['onnxruntime'] = None; "
-        "runpy.run_module('imgcls.export', run_name='__main__', alter_sys=True)"
+        "runpy.run_module('imgcls.inference.export', run_name='__main__', alter_sys=True)"
     )
     result = run("--workdir=nowhere", "--format=onnx", "--output=x", code=("-c", code))
     assert result.returncode == 2

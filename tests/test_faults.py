@@ -17,8 +17,8 @@ import threading
 import numpy as np
 import pytest
 
-from imgcls.logs import read_metrics
-from imgcls.workdir import claim
+from imgcls.run.logs import read_metrics
+from imgcls.run.workdir import claim
 from tests.conftest import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
 
@@ -51,7 +51,7 @@ def finish(workdir, config):
 
 def final_arrays(workdir):
     """Every array of the last checkpoint, as bytes by their SHA-256, and what is logged."""
-    from imgcls.checkpoint import Checkpoints
+    from imgcls.run.checkpoint import Checkpoints
 
     meta = Checkpoints(workdir / "checkpoints", read_only=True).read_meta()
     (results,) = without_times([json.loads((workdir / "results.json").read_text())])

@@ -14,8 +14,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from imgcls import kernels
-from imgcls.kernels import conv, ffi, onednn
+from imgcls import cpu
+from imgcls.cpu import conv, ffi, onednn
 
 try:
     importlib.metadata.version(onednn.DISTRIBUTION)
@@ -42,13 +42,13 @@ CASES = {  # x, w, strides, padding
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request):
-    reason = kernels.unavailable(request.param)
+    reason = cpu.unavailable(request.param)
     if reason and "NotImplementedError" in reason:
         pytest.skip(reason)
     return jnp.dtype(request.param)
 
 
-def convolve(x, w, strides=(1, 1), padding="SAME", function=kernels.conv_general_dilated):
+def convolve(x, w, strides=(1, 1), padding="SAME", function=cpu.conv_general_dilated):
     return function(x, w, strides, padding, dimension_numbers=LAYOUT)
 
 
@@ -118,7 +118,7 @@ def test_takes_what_linen_passes(settings, shape):
     x = normal(0, *shape)
     layer = functools.partial(nn.Conv, 8, (3, 3), **settings)
     expected, variables = layer().init_with_output(jax.random.key(0), x)
-    ours = layer(conv_general_dilated=kernels.conv_general_dilated).apply(variables, x)
+    ours = layer(conv_general_dilated=cpu.conv_general_dilated).apply(variables, x)
     assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
     assert_close(ours, expected)
 
@@ -147,7 +147,7 @@ def test_refuses_what_no_model_uses(change):
     if len(lhs.shape) == 3:
         arguments["window_strides"] = (1,)
     with pytest.raises(NotImplementedError, match="oneDNN convolution: "):
-        kernels.conv_general_dilated(lhs, rhs, **arguments)
+        cpu.conv_general_dilated(lhs, rhs, **arguments)
 
 
 def test_refuses_what_lax_refuses():
@@ -281,10 +281,10 @@ def run_python(source: str, *arguments) -> subprocess.CompletedProcess:
 
 SETUP = """
 import sys, jax, numpy as np
-from imgcls import kernels
+from imgcls import cpu
 def convolve(x, w, strides):
     layout = ("NHWC", "HWIO", "NHWC")
-    return kernels.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=layout)
+    return cpu.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=layout)
 """
 
 CACHED = """
@@ -328,8 +328,8 @@ def test_a_process_ends_while_programs_are_pending():
 
 def test_unavailable_says_why_and_never_raises(monkeypatch):
     def reason(dtype="float32"):
-        kernels.unavailable.cache_clear()
-        return kernels.unavailable(dtype)
+        cpu.unavailable.cache_clear()
+        return cpu.unavailable(dtype)
 
     try:
         assert reason() is None
@@ -346,4 +346,4 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
             patch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
             assert "no-such-wheel" in reason()
     finally:
-        kernels.unavailable.cache_clear()
+        cpu.unavailable.cache_clear()

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from imgcls import cli
+from imgcls.run import cli
 from tests.conftest import ROOT, flags_of, run_main, small_config
 from tests.test_faults import LONGER
 
@@ -76,16 +77,15 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
 
 def run_in_process(monkeypatch, error):
     """cli.run of a command that raises `error`: its exit code."""
-    codes = []
-    monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(os, "_exit", codes.append)
 
-    def command(_):
+    def main(_):
         raise error
 
-    cli.run(command, usage="")
-    return codes[0]
+    command = SimpleNamespace(define_flags=lambda: None, main=main)
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: command, ["command"])
+    return left.value.code
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_help_tells_how_to_start():
 
 def test_importing_the_project_imports_neither_tensorflow_nor_what_only_reports_need():
     code = (
-        "import sys, imgcls, imgcls.train, imgcls.evaluate; from imgcls import load; "
+        "import sys, imgcls, imgcls.train, imgcls.evaluation.evaluate; from imgcls import load; "
         "print({'tensorflow', 'sklearn', 'matplotlib'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-from imgcls.metrics import evaluate_logits, fit_temperature, reliability, wilson_interval
+from imgcls.evaluation.scores import evaluate_logits, fit_temperature, reliability, wilson_interval
 
 NAMES = tuple("abcdefg")
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from imgcls import kernels
-from imgcls.kernels import conv, onednn
+from imgcls import cpu
+from imgcls.cpu import conv, onednn
 from tests.test_kernels import assert_close, convolve, lax_convolve, normal, pull
 
 HAS_WINOGRAD = bool(onednn._runtime().library.dnnl_get_effective_cpu_isa() & onednn.AVX512_CORE)
@@ -175,14 +175,14 @@ def test_instructions_for_bfloat16_are_known(isa, expected, monkeypatch):
     """AVX-512, the same with bfloat16, and AMX: values of dnnl_cpu_isa_t."""
     library = onednn._runtime().library
     monkeypatch.setattr(library, "dnnl_get_effective_cpu_isa", lambda: isa)
-    assert kernels.has_bfloat16() is expected
+    assert cpu.has_bfloat16() is expected
     monkeypatch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
     monkeypatch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
-    assert not kernels.has_bfloat16()
+    assert not cpu.has_bfloat16()
 
 
 def test_identity_names_what_decides_the_bits():
-    identity = kernels.identity()
+    identity = cpu.identity()
     assert set(identity) == {"onednn", "onednn_isa", "openmp_threads"}
     assert identity["onednn"].startswith("3.") and identity["openmp_threads"] >= 1
 

@@ -11,10 +11,10 @@ from absl import flags
 from PIL import Image
 
 from imgcls import experiment, load
-from imgcls import predict as module
 from imgcls.errors import BadExampleError, UserError
-from imgcls.evaluate import evaluate
-from imgcls.predict import find_files, predict
+from imgcls.evaluation.evaluate import evaluate
+from imgcls.inference import predict as module
+from imgcls.inference.predict import find_files, predict
 from tests.conftest import ROOT, small_config
 from tests.untrained_run import write_untrained_run
 
@@ -54,7 +54,7 @@ def evaluated(workdir):
 
 
 def run(workdir, *arguments):
-    command = [sys.executable, "-m", "imgcls.predict", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "imgcls", "predict", f"--workdir={workdir}"]
     command += map(str, arguments)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -184,7 +184,7 @@ def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, 
     set_flags(monkeypatch, workdir)
     path = tmp_path / "0\x1b[31m\n.png"
     Image.fromarray(digits[0, ..., 0]).save(path)
-    module._main([str(path)])
+    module.main([str(path)])
     found = classifier(digits[:1])[0]
     best = "  ".join(f"{k} {found[k]:6.1%}" for k in np.argsort(-found)[:5])
     assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n.png  {best}" + "\n"
@@ -194,4 +194,4 @@ def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, 
 def test_no_class_and_more_than_there_are_cannot_be_asked_for(workdir, pictures, monkeypatch, top):
     set_flags(monkeypatch, workdir, top=top)
     with pytest.raises(UserError, match=f"--top={top} must be from 1 to 10"):
-        module._main([str(pictures)])
+        module.main([str(pictures)])

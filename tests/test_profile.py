@@ -5,8 +5,8 @@ import pytest
 from imgcls import experiment
 from imgcls.errors import UserError
 from imgcls.profile import profile
+from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
-from imgcls.workdir import claim, write_json
 from tests.conftest import small_config
 
 

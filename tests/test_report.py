@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls import report
 from imgcls.errors import UserError
+from imgcls.evaluation import report
 from tests.browser import CHROMIUM, Browser
 from tests.finished_run import random_logits, write_run
 
@@ -281,7 +281,7 @@ def test_files_that_are_missing_or_broken_are_named(run):
         assert "\n" not in str(error.value)
 
     predictions.unlink()
-    fails("predictions.npz does not exist: .*python -m imgcls.evaluate --workdir=")
+    fails("predictions.npz does not exist: .*python -m imgcls evaluate --workdir=")
     predictions.write_bytes(content[: len(content) // 2])
     fails("predictions.npz is broken")
     np.savez(predictions, logits=np.zeros((3, 7)), labels=labels, ids=labels)

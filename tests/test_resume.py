@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from imgcls import backend, classifier, kernels, train
+from imgcls import cpu, train
+from imgcls.cpu import onednn
 from imgcls.errors import CheckpointError, Stopped
-from imgcls.events import EventWriter
-from imgcls.kernels import onednn
-from imgcls.logs import MetricWriter, read_metrics
+from imgcls.inference import classifier
+from imgcls.run import machine
+from imgcls.run.events import EventWriter
+from imgcls.run.logs import MetricWriter, read_metrics
 from imgcls.train import _Run, train_and_evaluate
 from tests.conftest import small_config
 from tests.test_train import EVERYTHING, stop_after
@@ -100,7 +102,7 @@ def test_a_run_that_goes_on_elsewhere_says_so_once(
     without_computing, tmp_path, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "_cpu_model", lambda: "another CPU")
+        patch.setattr(machine, "_cpu_model", lambda: "another CPU")
         session(tmp_path, small_config(), until=2)
     session(tmp_path, small_config(), until=3)
     (warning,) = [r.getMessage() for r in caplog.records if "last bits" in r.getMessage()]
@@ -114,26 +116,26 @@ def test_a_run_that_goes_on_elsewhere_says_so_once(
     "changed", [{"jaxlib": "0.1"}, {"cpu_cores": 10**6}, {"devices": "8 x tpu TPU v5"}]
 )
 def test_what_decides_the_bits_is_warned_of_where_it_differs(changed, caplog):
-    bits = backend.decides_bits(cpu_kernels=False)
-    assert backend.reuse_bits(json.loads(json.dumps(bits)), cpu_kernels=False) == bits
+    bits = machine.decides_bits(cpu_kernels=False)
+    assert machine.reuse_bits(json.loads(json.dumps(bits)), cpu_kernels=False) == bits
     assert not caplog.records
-    backend.reuse_bits(bits | changed, cpu_kernels=False)
+    machine.reuse_bits(bits | changed, cpu_kernels=False)
     (key, value), *_ = changed.items()
     assert f"{key} was {value}, is {bits[key]}" in caplog.text
 
 
 def test_another_generator_of_random_numbers_is_refused():
-    bits = backend.decides_bits(cpu_kernels=False) | {"prng": "rbg"}
+    bits = machine.decides_bits(cpu_kernels=False) | {"prng": "rbg"}
     with pytest.raises(CheckpointError, match="rbg.*JAX_DEFAULT_PRNG_IMPL=rbg"):
-        backend.reuse_bits(bits, cpu_kernels=False)
+        machine.reuse_bits(bits, cpu_kernels=False)
 
 
-@pytest.mark.skipif(kernels.unavailable("float32") is not None, reason="no oneDNN here")
+@pytest.mark.skipif(cpu.unavailable("float32") is not None, reason="no oneDNN here")
 def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch, caplog):
     monkeypatch.setattr(onednn, "_threads", None)
-    saved = backend.decides_bits(cpu_kernels=True)
+    saved = machine.decides_bits(cpu_kernels=True)
     others = saved["openmp_threads"] + 1
-    now = backend.reuse_bits(saved | {"openmp_threads": others}, cpu_kernels=True)
+    now = machine.reuse_bits(saved | {"openmp_threads": others}, cpu_kernels=True)
     assert now["openmp_threads"] == others and not caplog.records
     conv = onednn.Convolution(
         (1, 4, 4, 8), (1, 1, 8, 8), (1, 4, 4, 8), (1, 1), ((0, 0), (0, 0)), "float32"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls import data, experiment, load
-from imgcls.export import FORMATS, FloatModel, export
-from imgcls.predict import predict
+from imgcls import experiment, load
+from imgcls.data import splits
+from imgcls.inference.export import FORMATS, FloatModel, export
+from imgcls.inference.predict import predict
 from imgcls.train import train_and_evaluate
 from tests.conftest import ROOT, small_config
 from tests.test_export import needs_onnx
@@ -45,7 +46,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_checkpoint_and_a_cache_are_read_without_pickle(workdir, no_pickle, monkeypatch):
-    monkeypatch.setattr(data, "_decode", lambda *_, **__: pytest.fail("it was not in the cache"))
+    monkeypatch.setattr(splits, "_decode", lambda *_, **__: pytest.fail("it was not in the cache"))
     classifier = load(workdir)
     (test,) = experiment.open_splits(classifier.config, "test")
     assert classifier.logits(test).shape == (50, 10)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcls.data.sources import open_sources
 from imgcls.errors import BadExampleError, UserError
-from imgcls.sources import open_sources
 
 
 def open_folder(root, **options):

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgcls.data.sources import open_sources
+from imgcls.data.tfds import find
 from imgcls.errors import BadExampleError, UserError
-from imgcls.sources import open_sources
-from imgcls.sources.tfds import find
 from tests.make_tfds_datasets import TEST, TRAIN, picture
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 READER = """
 import hashlib, sys
 from imgcls.errors import UserError
-from imgcls.sources import open_sources
+from imgcls.data.sources import open_sources
 try:
     sources = open_sources(sys.argv[1], data_dir=sys.argv[2], channels=3)
 except UserError as error:
@@ -300,7 +300,7 @@ def test_the_child_ends_with_its_parent(number, copy):
 DROPPED = """
 import os, signal, sys, time
 from imgcls.errors import UserError
-from imgcls.sources import prepare
+from imgcls.data.sources import prepare
 
 def drops_the_interrupt(*_):
     try:

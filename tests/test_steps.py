@@ -11,7 +11,7 @@ import pytest
 
 from imgcls.losses import cross_entropy
 from imgcls.models import MODELS
-from imgcls.sharding import make_mesh, put_batch, replicated
+from imgcls.parallel import make_mesh, put_batch, replicated
 from imgcls.state import create_state
 from imgcls.steps import augment_batch, eval_step, normalize, predict_step, train_step
 

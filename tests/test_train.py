@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from imgcls import experiment
-from imgcls.checkpoint import Checkpoints
 from imgcls.errors import DivergedError, Stopped, UserError
-from imgcls.logs import MetricWindow, read_metrics
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.logs import MetricWindow, read_metrics
 from imgcls.train import _Run, train_and_evaluate
 from tests.conftest import small_config
 
@@ -30,8 +30,8 @@ EVERYTHING = {
 
 def stop_after(monkeypatch, step):
     """Makes the run stop, as by a signal, once `step` batches were seen."""
-    from imgcls.logs import MetricWindow
-    from imgcls.stopping import StopSignal
+    from imgcls.run.logs import MetricWindow
+    from imgcls.run.signals import StopSignal
 
     add, init, stops = MetricWindow.add, StopSignal.__init__, []
 
@@ -212,7 +212,7 @@ def test_a_batch_larger_than_the_split_is_refused(tmp_path):
 
 def test_changed_data_is_refused(uninterrupted, tmp_path, monkeypatch):
     train_and_evaluate(small_config(train__epochs=1), tmp_path)
-    import imgcls.sources.digits as digits
+    import imgcls.data.digits as digits
 
     opened = digits.open_digits
 

@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgcls import experiment
-from imgcls.checkpoint import Checkpoints
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.workdir import write_json
 from imgcls.state import create_state
-from imgcls.workdir import write_json
 
 
 def write_untrained_run(workdir: Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:

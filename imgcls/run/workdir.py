@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imgcls.distributed import is_main
 from imgcls.errors import UserError
+from imgcls.parallel import is_main
 
 
 @contextlib.contextmanager

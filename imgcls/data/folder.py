@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imgcls.data.images import DECODER, decode_image, printable
 from imgcls.errors import UserError
-from imgcls.sources.images import DECODER, decode_image, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
 SPLIT_FOLDERS = {
@@ -37,7 +37,7 @@ _Split = dict[str, list[_File]]  # by class
 
 
 class FolderSource:
-    """One split of a folder, in the order of the paths' SHA-256. See `imgcls.sources.Source`."""
+    """One split of a folder, in the order of the paths' SHA-256. See `data.sources.Source`."""
 
     def __init__(self, root: str, split: _Split, classes: list[str], channels: int):
         """Takes the files of each class, and all classes: a label is an index into these."""

@@ -7,6 +7,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
+def is_main() -> bool:
+    """Whether this process prints and writes; asks no device unless there are several processes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def make_mesh() -> Mesh:
     """All devices of all processes in one axis `data`.
 

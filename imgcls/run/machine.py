@@ -68,9 +68,9 @@ def compute_dtype(config: ConfigDict) -> str:
     With AVX2 a step took 17 times as long in bfloat16 as in float32.
     """
     if config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
-        from imgcls import kernels
+        from imgcls import cpu
 
-        if not kernels.has_bfloat16():
+        if not cpu.has_bfloat16():
             return "float32"
     return config.model.dtype
 
@@ -84,9 +84,9 @@ def choose_cpu_kernels(config: ConfigDict) -> bool:
     elif (devices := jax.device_count()) > 1:
         reason = f"oneDNN is for one device, not for {devices}"
     else:
-        from imgcls import kernels
+        from imgcls import cpu
 
-        reason = kernels.unavailable(compute_dtype(config))
+        reason = cpu.unavailable(compute_dtype(config))
     if reason:
         logging.info("convolutions run on plain XLA: %s", reason)
     return not reason
@@ -118,9 +118,9 @@ def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:
     if device.platform == "cpu":
         decides["cpu_cores"] = cpu_cores()  # XLA has a thread for each
     if cpu_kernels:
-        from imgcls import kernels
+        from imgcls import cpu
 
-        decides |= kernels.identity()
+        decides |= cpu.identity()
     return decides
 
 
@@ -138,9 +138,9 @@ def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
         CheckpointError: random numbers would be those of another generator.
     """
     if cpu_kernels and "openmp_threads" in saved:
-        from imgcls import kernels
+        from imgcls import cpu
 
-        kernels.use_threads(saved["openmp_threads"])
+        cpu.use_threads(saved["openmp_threads"])
     now = decides_bits(cpu_kernels=cpu_kernels)
     if saved.get("prng", now["prng"]) != now["prng"]:
         raise CheckpointError(

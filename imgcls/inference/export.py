@@ -1,6 +1,6 @@
 """A trained model as one file for other programs, checked before it takes its name.
 
-    python -m imgcls.export --workdir=runs/cifar10 --format=stablehlo|onnx|safetensors
+    python -m imgcls export --workdir=runs/cifar10 --format=stablehlo|onnx|safetensors
                             --output=PATH [--checkpoint=latest|best|STEP]
 
 stablehlo and onnx hold preprocessing, weights and softmax: uint8[N, H, W, C] of the model's input
@@ -31,11 +31,12 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from imgcls import cli, experiment
-from imgcls.classifier import Classifier, load
-from imgcls.data import Split
+from imgcls import experiment
+from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
-from imgcls.logs import say
+from imgcls.inference.classifier import Classifier, load
+from imgcls.run import cli
+from imgcls.run.logs import say
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLES, BATCH_SIZE = 256, 64  # of the comparison
@@ -74,7 +75,7 @@ def load_stablehlo(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]
 def to_onnx(model: FloatModel) -> bytes:
     from onnx import helper
 
-    from imgcls import onnx_graph
+    from imgcls.inference import onnx_graph
 
     proto = onnx_graph.to_onnx(model, model.images, ("images", "probabilities"))
     helper.set_model_props(proto, {"class_names": json.dumps(model.class_names)})
@@ -166,7 +167,13 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _main(_: list[str]) -> None:
+def define_flags() -> None:
+    flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
+    flags.DEFINE_string("output", None, "The file to write.")
+    cli.define_checkpoint()
+
+
+def main(_: list[str]) -> None:
     workdir, file_format = cli.required_workdir(), flags.FLAGS.format
     if not file_format or not flags.FLAGS.output:
         raise UserError(f"name a --format ({', '.join(FORMATS)}) and the file, with --output=PATH")
@@ -178,11 +185,3 @@ def _main(_: list[str]) -> None:
         (test,) = experiment.open_splits(classifier.config, "test")
         found = export(classifier, test, temporary, file_format=file_format)
     say(f"{path}: {found}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
-    flags.DEFINE_string("output", None, "The file to write.")
-    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
-    cli.define_workdir()
-    cli.run(_main, usage=__doc__)

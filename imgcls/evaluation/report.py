@@ -1,6 +1,6 @@
 """What a person looks at: `report.html`, one self-contained page about a finished run.
 
-    python -m imgcls.report --workdir=runs/cifar10
+    python -m imgcls report --workdir=runs/cifar10
 
 The page needs no network and trusts no text: every value is escaped by jinja2, and the
 Content-Security-Policy admits only the style and the script whose hashes it states.
@@ -22,10 +22,11 @@ from markupsafe import Markup
 from PIL import Image
 from scipy.special import softmax
 
-from imgcls import cli, figures, logs
 from imgcls.errors import UserError
+from imgcls.evaluation import figures
 from imgcls.experiment import flatten, load_config, open_splits
-from imgcls.workdir import read_json
+from imgcls.run import cli, logs
+from imgcls.run.workdir import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = "augmented.npy"  # uint8[n, H, W, C], which training leaves in the workdir
@@ -54,7 +55,7 @@ def read_run(workdir: str | Path) -> Run:
     """
     workdir = Path(workdir)
     config = flatten(read_json(workdir / "config.json"))
-    remedy = f"python -m imgcls.evaluate --workdir={workdir}"
+    remedy = f"python -m imgcls evaluate --workdir={workdir}"
     name = "results.json"
     try:
         results = json.loads((workdir / name).read_text(encoding="utf-8"))
@@ -247,19 +248,18 @@ def _read_samples(workdir: Path) -> Sequence[np.ndarray]:
         return []
 
 
-def _main(_: list[str]) -> None:
+def define_flags() -> None:
+    pass
+
+
+def main(_: list[str]) -> None:
     workdir = cli.required_workdir()
     run = read_run(workdir)  # what is missing is said before the data is loaded
     (examples,) = open_splits(load_config(workdir), "test")
     if run.ids.tolist() != list(examples.ids):
         raise UserError(
             f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "
-            f"data, or evaluate again with python -m imgcls.evaluate --workdir={workdir}"
+            f"data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
         )
     path = write_report(workdir, gallery_images=examples.images.__getitem__)
     logs.say(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    cli.define_workdir()
-    cli.run(_main, usage=__doc__)

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from imgcls.distributed import is_main
 from imgcls.errors import CheckpointError, first_line
+from imgcls.parallel import is_main
 
 
 def _top1(metrics: dict[str, Any]) -> float:

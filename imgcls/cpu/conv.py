@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from imgcls.kernels import ffi, onednn
-from imgcls.kernels.onednn import HWIO, NHWC, Convolution
+from imgcls.cpu import ffi, onednn
+from imgcls.cpu.onednn import HWIO, NHWC, Convolution
 
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgcls import backend, experiment
-from imgcls.checkpoint import Checkpoints
-from imgcls.data import Split, eval_order
-from imgcls.logs import progress
-from imgcls.sharding import make_mesh, put_batch, replicated
-from imgcls.sources.images import fit_image
+from imgcls import experiment
+from imgcls.data.images import fit_image
+from imgcls.data.splits import Split, eval_order
+from imgcls.parallel import make_mesh, put_batch, replicated
+from imgcls.run import machine
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.logs import progress
 from imgcls.state import TrainState, create_state
 from imgcls.steps import predict_step
 
@@ -38,7 +39,7 @@ class Classifier:
         self._predict = jax.jit(
             partial(predict_step, model=model, preprocess=self.preprocess),
             out_shardings=replicated(self.mesh),
-            compiler_options=backend.compiler_options(),
+            compiler_options=machine.compiler_options(),
         )
 
     def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
@@ -93,12 +94,12 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
         UserError, CheckpointError: see `imgcls.errors`.
     """
     workdir = Path(workdir)
-    backend.start()
+    machine.start()
     config = experiment.load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
     meta = checkpoints.read_meta(step)
-    kernels = meta["cpu_kernels"] and backend.choose_cpu_kernels(config)
+    kernels = meta["cpu_kernels"] and machine.choose_cpu_kernels(config)
     model = experiment.build_model(config, len(meta["class_names"]), cpu_kernels=kernels)
     state, meta = checkpoints.restore(step, state_target(config, model))
     return Classifier(config, model, state, meta)

@@ -1,6 +1,6 @@
 """Is one run better than another? Paired statistics from the saved predictions.
 
-    python -m imgcls.compare DIR_A DIR_B [DIR_C ...] [--output=compare.html]
+    python -m imgcls compare DIR_A DIR_B [DIR_C ...] [--output=compare.html]
 
 Every run is compared with the first, example by example, on the terminal and on a page. Intervals
 and p-values answer for the choice of test examples. They know nothing of the training seed: a
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from imgcls import cli, figures, report
 from imgcls.errors import UserError
-from imgcls.logs import say
-from imgcls.report import Run, duration, percent, plain
+from imgcls.evaluation import figures, report
+from imgcls.evaluation.report import Run, duration, percent, plain
+from imgcls.run.logs import say
 
 RESAMPLES = 10_000
 CHANGED_CLASSES = 5  # named on the terminal; the page has them all
@@ -40,7 +40,7 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
         UserError: fewer than two workdirs, an unusable one, or test examples that differ.
     """
     if len(workdirs) < 2:
-        raise UserError("name at least two workdirs: python -m imgcls.compare DIR_A DIR_B")
+        raise UserError("name at least two workdirs: python -m imgcls compare DIR_A DIR_B")
     runs = [report.read_run(workdir) for workdir in workdirs]
     first = runs[0]
     for run in runs[1:]:
@@ -160,14 +160,16 @@ def _count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
+POSITIONAL = True  # arguments are not only flags
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("output", "compare.html", "Where to write the page.")
+
+
 def main(workdirs: list[str]) -> None:
     comparison = compare(workdirs)
     say(as_text(comparison))
     plot = figures.intervals([(run["top1"], *run["top1_interval"]) for run in comparison["runs"]])
     page = report.render("compare.html.j2", plot=plot, **comparison)
     say(f"\n{report.write_page(Path(flags.FLAGS.output), page)}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("output", "compare.html", "Where to write the page.")
-    cli.run(main, usage=__doc__, positional=True)

@@ -13,18 +13,24 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jax
 from absl import flags
 
 from imgcls.errors import ImgclsError, UserError, out_of_memory
-from imgcls.logs import say
+from imgcls.run import signals
+from imgcls.run.logs import say
+
+HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 
 flags.DEFINE_boolean("debug", False, "Show the traceback of errors that have a one-line message.")
+flags.DEFINE_string("workdir", None, "Directory of the run: its checkpoints and results.")
 
 
-def define_workdir() -> None:
-    flags.DEFINE_string("workdir", None, "Directory of the run: its checkpoints and results.")
+def define_checkpoint() -> None:
+    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
 
 
 def required_workdir() -> Path:
@@ -33,34 +39,36 @@ def required_workdir() -> Path:
     return Path(flags.FLAGS.workdir)
 
 
-def run(main: Callable[[list[str]], None], *, usage: str, positional: bool = False) -> None:
-    """Parses sys.argv, calls main(positional arguments) and exits with its code.
+def run(command: Callable[[], ModuleType], argv: list[str]) -> None:
+    """Parses the flags of a command, runs it and exits with its code.
 
     Args:
-        main: the command.
-        usage: what `--help` prints above the flags.
-        positional: whether the command takes arguments that are not flags.
+        command: imports the command's module: its `define_flags()`, its `main(arguments)`, the
+            docstring that `--help` prints, and `POSITIONAL` where arguments need not be flags.
+        argv: what was typed, the command's name first.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Orbax warns of what is meant here, and prints the traceback of errors that become ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if "--debug" not in sys.argv:
+    if "--debug" not in argv:
         sys.unraisablehook = _except_tensorstore
     code = 0
     try:
-        arguments = _parse(usage)
-        if arguments and not positional:
+        module = command()
+        module.define_flags()
+        arguments = _parse(module, argv)
+        if arguments and not hasattr(module, "POSITIONAL"):
             raise UserError(f"unexpected argument {arguments[0]!r}: flags are --name=value")
-        main(arguments)
+        module.main(arguments)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
         code = error.code
     except BaseException as error:
         known = error if isinstance(error, ImgclsError) else out_of_memory(error)
-        if known is None or "--debug" in sys.argv:
+        if known is None or "--debug" in argv:
             traceback.print_exc()
         if known is not None:
             print(f"error: {known}" if known.exit_code < 128 else known, file=sys.stderr)
@@ -68,8 +76,10 @@ def run(main: Callable[[list[str]], None], *, usage: str, positional: bool = Fal
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe
             stream.flush()
-    # Not sys.exit: a compilation or a save left behind in a thread must not hold the process.
-    os._exit(code)
+    if signals.left_behind() or jax.distributed.is_initialized():
+        # A compilation or a save that hangs, or a peer that is gone, must not hold the process.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _except_tensorstore(unraisable: Any) -> None:
@@ -83,13 +93,13 @@ def _except_tensorstore(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(usage: str) -> list[str]:
-    if {"--help", "-help", "-h", "-?"} & set(sys.argv):
-        own = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__))
-        say("\n".join([usage, *own]))
+def _parse(module: ModuleType, argv: list[str]) -> list[str]:
+    if HELP & set(argv):
+        own = (flags.FLAGS.module_help(name) for name in (module.__name__, __name__))
+        say("\n".join([module.__doc__ or "", *own]))
         raise SystemExit(0)
     try:
-        return flags.FLAGS(sys.argv)[1:]
+        return flags.FLAGS(argv)[1:]
     except Exception as error:  # a flag, or anything that the user's config file raises
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
         kind = "" if isinstance(error, flags.Error | KeyError | AttributeError) else "config: "

@@ -7,8 +7,8 @@ this package and name it in `SOURCES`.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from imgcls.sources.digits import open_digits
-from imgcls.sources.folder import open_folder
+from imgcls.data.digits import open_digits
+from imgcls.data.folder import open_folder
 
 
 class Source(Protocol):
@@ -54,6 +54,6 @@ def open_sources(
     """
     if name in SOURCES:
         return SOURCES[name](data_dir=data_dir, channels=channels, follow_links=follow_links)
-    from imgcls.sources.tfds import open_tfds  # an import of half a second
+    from imgcls.data.tfds import open_tfds  # an import of half a second
 
     return open_tfds(name, data_dir=data_dir, channels=channels)

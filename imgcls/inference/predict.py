@@ -1,6 +1,6 @@
 """What a trained model says about pictures.
 
-    python -m imgcls.predict --workdir=runs/cifar10 [--checkpoint=latest|best|STEP] [--top=5]
+    python -m imgcls predict --workdir=runs/cifar10 [--checkpoint=latest|best|STEP] [--top=5]
                              [--json] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import flags
 
-from imgcls import backend, cli
-from imgcls.classifier import Classifier, load
+from imgcls.data.folder import IGNORED
+from imgcls.data.images import decode_image, fit_image, printable
 from imgcls.errors import BadExampleError, UserError
-from imgcls.logs import say
-from imgcls.sources.folder import IGNORED
-from imgcls.sources.images import decode_image, fit_image, printable
+from imgcls.inference.classifier import Classifier, load
+from imgcls.run import cli, machine
+from imgcls.run.logs import say
 
 
 def find_files(arguments: Iterable[str]) -> list[str]:
@@ -70,7 +70,7 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
         except BadExampleError as error:
             return error
 
-    with ThreadPoolExecutor(backend.cpu_cores()) as executor:
+    with ThreadPoolExecutor(machine.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
             images = list(executor.map(read, paths[start : start + batch_size]))
             rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))
@@ -78,7 +78,16 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
                 yield next(rows) if isinstance(image, np.ndarray) else image
 
 
-def _main(arguments: list[str]) -> None:
+POSITIONAL = True  # arguments are not only flags
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
+    flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
+    cli.define_checkpoint()
+
+
+def main(arguments: list[str]) -> None:
     paths, top = find_files(arguments), flags.FLAGS.top
     classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint)
     names = classifier.class_names
@@ -99,11 +108,3 @@ def _main(arguments: list[str]) -> None:
         say(json.dumps(row) if flags.FLAGS.json else text)
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
-    flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
-    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
-    cli.define_workdir()
-    cli.run(_main, usage=__doc__, positional=True)

@@ -11,6 +11,7 @@ from imgcls.errors import Stopped
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
+_futures: list[Future] = []  # of all threads of `in_thread`
 _active: "StopSignal | None" = None  # signals are the process's, so there is one
 
 
@@ -67,9 +68,15 @@ def poll() -> None:
         raise _active.stopped("nothing to save yet")
 
 
+def left_behind() -> bool:
+    """Whether a thread of `in_thread` is still at work, and may be for ever."""
+    return not all(future.done() for future in _futures)
+
+
 def in_thread(function: Callable[[], Any]) -> Future:
     """Starts function() in a thread that dies with the process."""
     future: Future = Future()
+    _futures.append(future)
 
     def run() -> None:
         try:

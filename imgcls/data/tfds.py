@@ -1,6 +1,6 @@
 """Any image classification dataset of TFDS, read from array_record files.
 
-TensorFlow is never imported here: `imgcls.sources.prepare`, which downloads or converts a dataset
+TensorFlow is never imported here: `imgcls.data.prepare`, which downloads or converts a dataset
 with it, is a child process.
 """
 
@@ -23,19 +23,19 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.proto import tf_example_pb2
 
 import imgcls
-from imgcls import stopping
+from imgcls.data.images import DECODER, decode_image
+from imgcls.data.sources import SOURCES
 from imgcls.errors import UserError
-from imgcls.sources import SOURCES
-from imgcls.sources.images import DECODER, decode_image
+from imgcls.run import signals
 
 _NAME = re.compile(r"(\w+)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")
 _REMEDY = "delete that directory and run again, or name another with --config.data.dir"
 
 
 class TfdsSource:
-    """One split of a prepared dataset. See `imgcls.sources.Source`.
+    """One split of a prepared dataset. See `imgcls.data.sources.Source`.
 
-    Pictures are decoded by `imgcls.sources.images`, not by TFDS: the same pixels and limits as
+    Pictures are decoded by `imgcls.data.images`, not by TFDS: the same pixels and limits as
     everywhere else.
     """
 
@@ -168,9 +168,9 @@ def _check_shard(path: Any, length: int) -> tuple[str, int, int]:
 
 
 def _prepare_in_child(name: str, root: Path) -> Path:
-    """Runs `imgcls.sources.prepare`, which shares our stderr and ends when we do."""
+    """Runs `imgcls.data.prepare`, which shares our stderr and ends when we do."""
     with subprocess.Popen(
-        [sys.executable, "-m", "imgcls.sources.prepare", name, root],
+        [sys.executable, "-m", "imgcls.data.prepare", name, root],
         stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
         stdout=subprocess.PIPE,
         text=True,
@@ -180,7 +180,7 @@ def _prepare_in_child(name: str, root: Path) -> Path:
     ) as child:
         try:
             while child.poll() is None:
-                stopping.poll()
+                signals.poll()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(0.1)
             answer = child.stdout.read().strip()

@@ -17,15 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgcls.errors import ImgclsError, PeerError, Stopped, UserError, first_line
-from imgcls.sharding import make_mesh, put_batch, replicated
-from imgcls.stopping import StopSignal, in_thread
+from imgcls.parallel import is_main, make_mesh, put_batch, replicated
+from imgcls.run.signals import StopSignal, in_thread
 
 PATIENCE = 10  # seconds that a process which stops or fails waits for the others to leave too
-
-
-def is_main() -> bool:
-    """Whether this process prints and writes; asks no device unless there are several processes."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager

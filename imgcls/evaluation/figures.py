@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from scipy.special import softmax
 
-from imgcls import metrics
+from imgcls.evaluation import scores
 
 # Colours of the page and of its figures, by the names of the CSS variables.
 LIGHT = {"paper": "#fdfcfa", "ink": "#1c1d20", "muted": "#66676d", "line": "#e4e1db"}
@@ -146,9 +146,9 @@ def precision_recall(
 
 def reliability(logits: np.ndarray, labels: np.ndarray, *, temperature: float | None) -> Markup:
     """Accuracy against confidence, before and after division by the temperature."""
-    series = [("as trained", "good", metrics.reliability(logits, labels))]
+    series = [("as trained", "good", scores.reliability(logits, labels))]
     if temperature is not None:
-        cooled = metrics.reliability(logits / temperature, labels)
+        cooled = scores.reliability(logits / temperature, labels)
         series.append((f"at temperature {temperature:.2f}", "bad", cooled))
 
     def draw(axes: Axes) -> None:
@@ -167,7 +167,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, *, temperature: float | 
 
 
 def confidence_counts(bins: Sequence[dict[str, Any]]) -> Markup:
-    """How many examples each bin of `metrics.reliability` holds."""
+    """How many examples each bin of `scores.reliability` holds."""
 
     def draw(axes: Axes) -> None:
         edges = [b["lower"] for b in bins]

@@ -1,4 +1,4 @@
-"""`python -m imgcls.sources.prepare NAME DATA_DIR`: makes a TFDS dataset ready to be read.
+"""`python -m imgcls.data.prepare NAME DATA_DIR`: makes a TFDS dataset ready to be read.
 
 Downloads it, or converts a TFRECORD one, to array_record: the only program here that imports
 TensorFlow. It says on stderr what it is doing, prints the dataset's directory or (exit code 2) one
@@ -22,8 +22,8 @@ from urllib.parse import urlparse
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 
+from imgcls.data.tfds import check_features, find, has_array_record, load, one_line, parse
 from imgcls.errors import UserError
-from imgcls.sources.tfds import check_features, find, has_array_record, load, one_line, parse
 
 _stopping = threading.Event()
 

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from imgcls import backend, stopping
+from imgcls.data.images import fit_image
+from imgcls.data.sources import Source
 from imgcls.errors import BadExampleError, UserError, first_line
-from imgcls.logs import progress
-from imgcls.sources import Source
-from imgcls.sources.images import fit_image
+from imgcls.run import machine, signals
+from imgcls.run.logs import progress
 
 CACHE_FORMAT = 2  # raise when the decoded bytes of an unchanged source would differ
 CHUNK = 250  # examples decoded by one task
@@ -204,7 +204,7 @@ def _decode(
     def decode(start: int) -> list[tuple[int, str]]:
         bad = []
         for i, example in _examples(source, range(start, min(start + CHUNK, len(source)))):
-            stopping.poll()
+            signals.poll()
             if isinstance(example, BadExampleError):
                 bad.append((i, str(example)))
                 continue
@@ -214,7 +214,7 @@ def _decode(
 
     bad = []
     starts = range(0, len(source), CHUNK)
-    executor = ThreadPoolExecutor(backend.cpu_cores())  # Pillow releases the GIL
+    executor = ThreadPoolExecutor(machine.cpu_cores())  # Pillow releases the GIL
     try:
         results = executor.map(decode, starts)
         with progress(len(source), f"decoding {name}", "images") as bar:

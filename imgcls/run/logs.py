@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from imgcls.distributed import is_main
-from imgcls.events import EventWriter
+from imgcls.parallel import is_main
+from imgcls.run.events import EventWriter
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class DigitsSource:
-    """One split of the digits. See `imgcls.sources.Source`."""
+    """One split of the digits. See `data.sources.Source`."""
 
     class_names = tuple("0123456789")
 

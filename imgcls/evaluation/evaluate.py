@@ -1,6 +1,6 @@
 """How good a trained model is, on a split of its data.
 
-    python -m imgcls.evaluate --workdir=runs/cifar10 [--split=test|validation|train]
+    python -m imgcls evaluate --workdir=runs/cifar10 [--split=test|validation|train]
                               [--checkpoint=latest|best|STEP] [--tta=flip|shifts]
 
 Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from imgcls import backend, cli, experiment
-from imgcls.classifier import Classifier, load
-from imgcls.data import Split
-from imgcls.distributed import is_main
+from imgcls import experiment
+from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
-from imgcls.logs import say
-from imgcls.metrics import evaluate_logits, fit_temperature
-from imgcls.report import write_report
+from imgcls.evaluation.report import write_report
+from imgcls.evaluation.scores import evaluate_logits, fit_temperature
+from imgcls.inference.classifier import Classifier, load
+from imgcls.parallel import is_main
+from imgcls.run import cli, machine
+from imgcls.run.logs import say
+from imgcls.run.workdir import write_json
 from imgcls.state import count_parameters
-from imgcls.workdir import write_json
 
 
 def evaluate(
@@ -87,8 +88,8 @@ def evaluate(
         "images_per_second": round(trained / max(meta["train_seconds"], 1e-9), 1),
         "parameters": count_parameters(classifier.state.params),
         "class_names": list(examples.class_names),
-        **meta.get("trained_by", backend.describe()),
-        "evaluated_by": backend.describe(),
+        **meta.get("trained_by", machine.describe()),
+        "evaluated_by": machine.describe(),
         **scores,
     }
     if tta:
@@ -142,7 +143,13 @@ def _break_seal(workdir: Path, checkpoint: str, step: int) -> None:
         file.write(json.dumps({"checkpoint": checkpoint, "step": step, "time": now}) + "\n")
 
 
-def _main(_: list[str]) -> None:
+def define_flags() -> None:
+    flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
+    cli.define_checkpoint()
+    flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
+
+
+def main(_: list[str]) -> None:
     workdir = cli.required_workdir()
     split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
     classifier = load(workdir, checkpoint)
@@ -162,11 +169,3 @@ def _main(_: list[str]) -> None:
         )
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
-    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
-    flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
-    cli.define_workdir()
-    cli.run(_main, usage=__doc__)

@@ -1,0 +1,1 @@
+"""Where examples come from, in which order, and decoded once."""

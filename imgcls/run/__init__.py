@@ -1,0 +1,1 @@
+"""What keeps a run safe: checkpoints, logs, signals, processes. Knows nothing of learning."""
