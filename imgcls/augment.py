@@ -7,20 +7,24 @@ Every augmentation is a function `(rng, images, labels, strength) -> (images, la
     labels    float32[B, K], one-hot or soft: rows sum to one
     strength  a Python number whose unit is in the name of its config key; 0 is the identity
 
+Keyword arguments with defaults are config keys, too. Their meanings are read from the docstring:
+that of the strength is its first line, those of the others stand under Args.
+
 Each example has a draw of its own. Only mixup and cutmix look at other examples, so nothing else
 communicates when the batch is sharded over devices.
 """
 
-import difflib
+import inspect
 import math
 import numbers
+import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from imgcls.errors import UserError
+from imgcls.errors import UserError, did_you_mean
 
 Examples = tuple[Array, Array]
 Augment = Callable[[Array, Array, Array], Examples]
@@ -147,7 +151,7 @@ def mixup_or_cutmix(
     return _mix(images, labels, jnp.where(coin, averaged, pasted))
 
 
-# In order of application; the place in it also numbers the key of each.
+# In order of application.
 AUGMENTATIONS = {
     "flip_probability": flip,
     "rotate_degrees": rotate,
@@ -175,28 +179,32 @@ LIMITS = {
 }
 
 
-def compose(**strengths: float) -> Augment:
+def compose(**values: float) -> Augment:
     """Returns one function `(rng, images, labels)` that applies what has a strength above 0.
 
-    Names are those of `AUGMENTATIONS`; what is left out is off. The draws of each do not change
-    when others are switched on or off.
+    Args:
+        values: by the names of `AUGMENTATIONS`, and of their functions' keyword arguments; what is
+            left out is off, or at its default.
+
+    The key of each is folded with its name, so that its draws do not change when others are
+    switched on or off, or added to this file.
 
     Raises:
         UserError: a name is unknown, or a strength out of range.
     """
-    for name, strength in strengths.items():
-        _check(name, strength)
-    order = list(AUGMENTATIONS)
-    on = [name for name in order if strengths.get(name, 0) > 0]
+    for name, value in values.items():
+        _check(name, value)
+    on = [name for name in AUGMENTATIONS if values.get(name, 0) > 0]
     pairs = [pair for pair in PAIRS if set(pair) <= set(on)]
     groups = pairs + [(name,) for name in on if not any(name in pair for pair in pairs)]
-    groups.sort(key=lambda names: order.index(names[0]))
+    groups.sort(key=lambda names: on.index(names[0]))
 
     def augment(rng: Array, images: Array, labels: Array) -> Examples:
         for names in groups:
             function = PAIRS.get(names) or AUGMENTATIONS[names[0]]
-            rngs = [jax.random.fold_in(rng, order.index(name)) for name in names]
-            images, labels = function(*rngs, images, labels, *[strengths[name] for name in names])
+            rngs = [jax.random.fold_in(rng, zlib.crc32(name.encode())) for name in names]
+            own = {key: values[key] for key in _own_keys(function) & values.keys()}
+            images, labels = function(*rngs, images, labels, *[values[n] for n in names], **own)
         return images, labels
 
     return augment
@@ -213,19 +221,24 @@ def resized(augment: Augment, size: tuple[int, int]) -> Augment:
     return augment_and_resize
 
 
-def _check(name: str, strength: float) -> None:
-    if name not in AUGMENTATIONS:
-        close = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        known = ", ".join(AUGMENTATIONS)
-        raise UserError(f"config.augment.{name} is unknown: {hint}The known ones are {known}")
+def _own_keys(function: Callable) -> set[str]:
+    return {
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+
+
+def _check(name: str, value: float) -> None:
+    known = AUGMENTATIONS.keys() | set().union(*map(_own_keys, AUGMENTATIONS.values()))
+    if name not in known:
+        hint = did_you_mean(name, known) or f"the known ones are {', '.join(sorted(known))}"
+        raise UserError(f"config.augment.{name} is unknown: {hint}")
     limit = LIMITS.get(name, math.inf)
-    finite = isinstance(strength, numbers.Real) and math.isfinite(strength)
-    if not finite or not 0 <= strength <= limit:
+    finite = isinstance(value, numbers.Real) and math.isfinite(value)
+    if not finite or not 0 <= value <= limit:
         allowed = "at least 0" if limit == math.inf else f"between 0 and {limit}"
-        raise UserError(f"config.augment.{name} must be a number {allowed}, not {strength!r}")
-    if name.endswith("_pixels") and strength != int(strength):
-        raise UserError(f"config.augment.{name} must be a whole number, not {strength!r}")
+        raise UserError(f"config.augment.{name} must be a number {allowed}, not {value!r}")
+    if name.endswith("_pixels") and value != int(value):
+        raise UserError(f"config.augment.{name} must be a whole number, not {value!r}")
 
 
 def _uniform(rng: Array, images: Array, bound: float) -> Array:

@@ -45,10 +45,11 @@ class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """ "did you mean X?" of the nearest of the known names; empty where none is near."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else ""
+    known = list(known)
+    near = known if len(known) == 1 else difflib.get_close_matches(name, known, 1)
+    return f"did you mean {prefix}{near[0]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

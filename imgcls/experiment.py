@@ -1,13 +1,7 @@
-"""From a config to what it names: the rules a config must keep, and the objects built from it.
+"""From a config to what it names: `Experiment` has a run's data, model and compiled steps."""
 
-Only this module, `backend`, the training loop and the commands see a config; the rest takes plain
-arguments.
-"""
-
-import difflib
-import json
-import math
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,223 +9,269 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from imgcls.augment import compose, resized
-from imgcls.data import splits
+from imgcls.augment import Augment, compose, resized
+from imgcls.config import from_json, own_values
 from imgcls.data.sources import open_sources
+from imgcls.data.splits import Split, TrainOrder, eval_order, load_splits, overlapping
 from imgcls.errors import UserError
 from imgcls.models import MODELS
-from imgcls.models.resnet import STAGES
-from imgcls.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
+from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule
+from imgcls.parallel import make_mesh, put_batch, replicated
 from imgcls.run import machine
 from imgcls.run.workdir import read_json
-from imgcls.steps import augment_batch, normalize
-
-
-def _one_of(*names: str) -> tuple[type, Callable[[Any], bool], str]:
-    return str, lambda x: x in names, f"one of {', '.join(names)}"
-
-
-ANY_TEXT = (str, lambda x: True, "text")
-COUNT = (int, lambda x: x >= 1, "a whole number of at least 1")
-COUNT_OR_ZERO = (int, lambda x: x >= 0, "a whole number of at least 0")
-POSITIVE = (float, lambda x: 0 < x < math.inf, "a number over 0")
-NOT_NEGATIVE = (float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-FRACTION = (float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
-FLAG = (bool, lambda x: True, "True or False")
-COUNTS = (tuple, lambda x: all(type(n) is int and n > 0 for n in x), "a tuple of positive integers")
-SIZE = (tuple, lambda x: len(x) == 2 and COUNTS[1](x), "(height, width)")
-CHANNELS = (
-    tuple,
-    lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
-    "a number for each channel, as a tuple",
+from imgcls.state import TrainState, create_state
+from imgcls.steps import (
+    Batch,
+    augment_batch,
+    eval_step,
+    normalize,
+    predict_step,
+    step_keys,
+    train_step,
 )
-
-# Every key that a config has beside `augment`'s and the model's own, and what it may be.
-RULES = {
-    "seed": COUNT_OR_ZERO,
-    "data.name": (str, bool, "a dataset's name"),
-    "data.dir": ANY_TEXT,
-    "data.train": (str, bool, "a TFDS split string such as train[:90%]"),
-    "data.validation": ANY_TEXT,
-    "data.test": (str, bool, "a TFDS split string such as test"),
-    "data.image_size": SIZE,
-    "data.channels": (int, lambda x: x in (1, 3), "1 or 3"),
-    "data.resize": _one_of("squash", "crop"),
-    "data.mean": CHANNELS,
-    "data.std": (tuple, lambda x: CHANNELS[1](x) and all(n > 0 for n in x), CHANNELS[2]),
-    "data.skip_bad": COUNT_OR_ZERO,
-    "data.follow_links": FLAG,
-    "data.alternate_flip": FLAG,
-    "model.name": _one_of(*MODELS),
-    "model.dtype": _one_of("float32", "bfloat16"),
-    "model.matmul_precision": _one_of("default", "high", "highest"),
-    "model.cpu_kernels": _one_of("auto", "off"),
-    "optim.name": _one_of(*OPTIMIZERS),
-    "optim.learning_rate": POSITIVE,
-    "optim.adam_learning_rate": POSITIVE,
-    "optim.dense_learning_rate": POSITIVE,
-    "optim.bias_learning_rate": POSITIVE,
-    "optim.schedule": _one_of(*SCHEDULES),
-    "optim.warmup_epochs": NOT_NEGATIVE,
-    "optim.momentum": FRACTION,
-    "optim.weight_decay": NOT_NEGATIVE,
-    "optim.clip_norm": NOT_NEGATIVE,
-    "optim.label_smoothing": FRACTION,
-    "optim.ema_decay": FRACTION,
-    "train.batch_size": COUNT,
-    "train.accumulate_steps": COUNT,
-    "train.epochs": COUNT,
-    "train.early_epochs": NOT_NEGATIVE,
-    "train.early_image_size": SIZE,
-    "train.log_every_steps": COUNT,
-    "train.validate_every_epochs": COUNT,
-    "train.checkpoint_every_epochs": COUNT,
-    "train.max_bad_steps": COUNT_OR_ZERO,
-    "eval.batch_size": COUNT,
-    "eval.checkpoint": _one_of("latest", "best"),
-}
-
-# What a model's own field may be; of others the type of its default decides.
-MODEL_RULES = {
-    "resnet.depth": (int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
-    "resnet.stem": _one_of("cifar", "imagenet"),
-    "wide_resnet.depth": (int, lambda x: x >= 10 and x % 6 == 4, "6 n + 4, such as 16 or 28"),
-}
-
-# What may differ between the runs of one workdir: it does not change the result.
-HARMLESS = {
-    "data.dir",
-    "model.cpu_kernels",
-    "train.log_every_steps",
-    "train.checkpoint_every_epochs",
-    "eval.batch_size",
-}
+from imgcls.task import TASKS, Task
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first key that is missing, unknown or out of its range."""
-    flat = flatten(config)
-    _check("model.name", flat, *RULES["model.name"])  # it decides which keys there may be
-    model_fields = _model_fields(flat["model.name"])
-    known = {*RULES, *(f"model.{field}" for field in model_fields)}
-    for key in flat:
-        if key not in known and not key.startswith("augment."):
-            raise UserError(f"config.{key} is not a key this config can have{_nearest(key, known)}")
-    for key, (kind, accepts, expected) in RULES.items():
-        _check(key, flat, kind, accepts, expected)
-    for field, default in model_fields.items():
-        by_type = {bool: FLAG, int: COUNT, float: FRACTION, tuple: COUNTS, str: ANY_TEXT}
-        rule = MODEL_RULES.get(f"{flat['model.name']}.{field}", by_type[type(default)])
-        _check(f"model.{field}", flat, *rule)
-    for key in ("data.mean", "data.std"):
-        if len(flat[key]) != flat["data.channels"]:
-            raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
-    if flat["eval.checkpoint"] == "best" and not flat["data.validation"]:
-        raise UserError("config.eval.checkpoint=best needs a config.data.validation to be best on")
-    if flat["train.batch_size"] % (jax.device_count() * flat["train.accumulate_steps"]):
-        raise UserError(
-            f"config.train.batch_size={flat['train.batch_size']} must be a multiple of the "
-            f"{jax.device_count()} devices times config.train.accumulate_steps="
-            f"{flat['train.accumulate_steps']}"
+class Experiment:
+    """What a config names, each thing built once, when it is first asked for.
+
+    Attributes:
+        config: resolved and valid.
+        cpu_kernels: whether the model runs on `imgcls.cpu`. A resumed run sets it to what the run
+            began with, before the model is built.
+        total_steps, steps_per_epoch, small_steps: small ones are the first, on smaller images.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        class_names: Sequence[str] | None = None,
+        splits: dict[str, Split] | None = None,
+        task: Task | None = None,
+        test: bool = True,
+    ):
+        """Args:
+        config: of the run.
+        class_names: of a trained model, whose data need not be there.
+        splits: in the place of those that the config names.
+        task: in the place of the one that the config names.
+        test: False leaves the test split unopened.
+        """
+        self.config = config
+        self._class_names, self._given, self._task, self._test = class_names, splits, task, test
+        self.mesh = make_mesh()
+        self.everywhere = replicated(self.mesh)
+        self.cpu_kernels = machine.choose_cpu_kernels(config)
+        self.preprocess = partial(
+            normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
         )
-    if flat["eval.batch_size"] % jax.device_count():
-        raise UserError(
-            f"config.eval.batch_size={flat['eval.batch_size']} must be a multiple of the "
-            f"{jax.device_count()} devices"
-        )
-    for key in ("optim.warmup_epochs", "train.early_epochs"):
-        if flat[key] > flat["train.epochs"]:
+
+    @functools.cached_property
+    def splits(self) -> dict[str, Split]:
+        """ "train", "test" and, where the config has it, "validation"; opened and decoded."""
+        if self._given is not None:
+            return self._given
+        names = ["train", *(["test"] if self._test else [])]
+        names += ["validation"] if self.config.data.validation else []
+        return dict(zip(names, open_splits(self.config, *names)))
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self._class_names or self.splits["train"].class_names)
+
+    @functools.cached_property
+    def order(self) -> TrainOrder:
+        c, train = self.config, self.splits["train"]
+        parts = jax.device_count() * c.train.accumulate_steps
+        if c.train.batch_size % parts:
             raise UserError(
-                f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
+                f"config.train.batch_size={c.train.batch_size} must be a multiple of the "
+                f"{jax.device_count()} devices times config.train.accumulate_steps="
+                f"{c.train.accumulate_steps}: the nearest is "
+                f"{max(round(c.train.batch_size / parts), 1) * parts}"
             )
-    if flat["data.alternate_flip"] and flat.get("augment.flip_probability"):
-        raise UserError(
-            "config.data.alternate_flip takes the place of random flips: set "
-            "config.augment.flip_probability=0.0, or alternate_flip=False"
+        if len(train) < c.train.batch_size:
+            raise UserError(
+                f"config.train.batch_size={c.train.batch_size} is more than the {len(train)} "
+                f"examples of {train.name}: lower it"
+            )
+        return TrainOrder(len(train), batch_size=c.train.batch_size, seed=c.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.steps_per_epoch
+
+    @property
+    def small_steps(self) -> int:
+        return round(self.config.train.small_epochs * self.steps_per_epoch)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        c = self.config
+        task = TASKS[c.task.name]
+        own = own_values(c, "task", task)
+        if own.get("class_weights", "none") != "none" and self._class_names is None:
+            counts = np.bincount(self.splits["train"].labels, minlength=len(self.class_names))
+            own["class_counts"] = tuple(counts.tolist())
+        return self._task or task(**own)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        return build_model(self.config, len(self.class_names), cpu_kernels=self.cpu_kernels)
+
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        o = self.config.optim
+        return create_schedule(
+            o.schedule,
+            learning_rate=o.learning_rate,
+            warmup_steps=round(o.warmup_epochs * self.steps_per_epoch),
+            total_steps=self.total_steps,
         )
-    if flat["model.name"] == "mlp" and flat["train.early_epochs"]:
-        raise UserError("config.train.early_epochs must be 0 for an mlp, made for one image size")
-    build_augment(config)
 
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config, self.schedule)
 
-def _check(key: str, flat: dict[str, Any], kind: type, accepts: Callable, expected: str) -> None:
-    if key not in flat:
-        raise UserError(f"config.{key} is missing: it is {expected}")
-    value = flat[key]
-    right_type = isinstance(value, kind) or (kind is float and type(value) is int)
-    if not right_type or (type(value) is bool) != (kind is bool) or not accepts(value):
-        raise UserError(f"config.{key}={value!r} must be {expected}")
+    @functools.cached_property
+    def rng(self) -> jax.Array:
+        """The key from which, with the step, all of training's randomness comes."""
+        return jax.jit(partial(jax.random.key, self.config.seed), out_shardings=self.everywhere)()
 
+    def augmentation(self, *, small: bool) -> Augment:
+        """What the training step applies; `small`: in the first epochs, on smaller images."""
+        augment = compose(**self.config.augment)
+        return resized(augment, tuple(self.config.train.small_image_size)) if small else augment
 
-def _nearest(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f": did you mean config.{near[0]}?" if near else ""
+    def train_batch(self, step: int) -> Batch:
+        return put_batch(partial(self._read_train, step=step), self.order[step], self.mesh)
 
+    def _read_train(self, indices: np.ndarray, *, step: int) -> dict[str, np.ndarray]:
+        batch = self.splits["train"].read(indices)
+        if self.config.data.alternate_flip:
+            batch["mirrored"] = self.order.mirrored(indices, step)
+        return batch
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.learning_rate": 0.1, ...}"""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        examples = self.splits[split]
+        for indices in eval_order(len(examples), batch_size=self.eval_batch_size):
+            yield put_batch(examples.read, indices, self.mesh)
 
+    @property
+    def eval_batch_size(self) -> int:
+        """The config's, rounded up to what the devices can share."""
+        devices = jax.device_count()
+        return -(-self.config.eval.batch_size // devices) * devices
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON types: what is saved, and what saved configs are compared with."""
-    return json.loads(json.dumps(config.to_dict()))
+    def augmented_images(self, step: int = 0) -> jax.Array:
+        """The images of a step's batch as the network sees them: float32[B, H, W, C] in [0, 1]."""
+        small = step < self.small_steps
+        apply = partial(
+            augment_batch,
+            augment=self.augmentation(small=small),
+            task=self.task,
+            num_classes=len(self.class_names),
+        )
+        batch = self._read_train(self.order[step], step=step)
+        return jax.jit(apply)(step_keys(self.rng, step)[0], batch)[0]
+
+    def jit(self, function: Callable, *, once: bool = False, **options: Any) -> jax.stages.Wrapped:
+        """`jax.jit` with this machine's compiler options, and the config's matmul precision within
+        the program. Results are on every device. `once` is for what runs once."""
+
+        def program(*arguments):
+            with jax.default_matmul_precision(self.config.model.matmul_precision):
+                return function(*arguments)
+
+        options |= {"compiler_options": machine.compiler_options(once=once)}
+        return jax.jit(program, out_shardings=self.everywhere, **options)
+
+    def compile_init(self) -> Callable[[], TrainState]:
+        """The program that makes the first state."""
+        create = partial(
+            create_state, model=self.model, tx=self.tx, ema=self.config.optim.ema_decay > 0
+        )
+        sample = self.preprocess(self.splits["train"].read(self.order[0])["image"])
+        program = self.jit(create, once=True).lower(self.rng, sample).compile()
+        machine.check_memory(program)
+        return partial(program, self.rng, sample)
+
+    def compile_train_step(self, state: TrainState, *, small: bool = False) -> jax.stages.Compiled:
+        """`train_step` as (state, batch, rng) -> (state, metrics). The state is donated.
+
+        Args:
+            state: arrays, or their shapes with shardings.
+            small: the program of the first epochs, on smaller images.
+        """
+        c = self.config
+        step = partial(
+            train_step,
+            model=self.model,
+            tx=self.tx,
+            preprocess=self.preprocess,
+            augment=self.augmentation(small=small),
+            task=self.task,
+            ema_decay=c.optim.ema_decay,
+            accumulate_steps=c.train.accumulate_steps,
+            unroll=jax.default_backend() == "cpu",
+        )
+        step = self.jit(step, donate_argnums=0)
+        program = step.lower(state, self.train_batch(0), self.rng).compile()
+        machine.check_memory(program)
+        return program
+
+    def compile_eval_step(self, state: TrainState) -> jax.stages.Compiled:
+        """`eval_step` as (state, batch) -> metrics, for batches of validation."""
+        step = partial(eval_step, model=self.model, preprocess=self.preprocess, task=self.task)
+        return self.jit(step).lower(state, next(self.eval_batches("validation"))).compile()
+
+    def jit_predict_step(self) -> jax.stages.Wrapped:
+        """`predict_step` as (state, images) -> logits."""
+        return self.jit(partial(predict_step, model=self.model, preprocess=self.preprocess))
+
+    def state_target(self) -> TrainState:
+        """The shapes, dtypes and places of the arrays of the state."""
+        c = self.config
+        create = partial(
+            create_state,
+            model=build_model(c, len(self.class_names)),
+            # Only the shape of the optimiser's state matters here, and no schedule changes that.
+            tx=build_optimizer(c, lambda step: c.optim.learning_rate),
+            ema=c.optim.ema_decay > 0,
+        )
+        sample = jnp.zeros((1, *c.data.image_size, c.data.channels))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere),
+            jax.eval_shape(create, jax.random.key(0), sample),
+        )
 
 
 def load_config(workdir: Path) -> ConfigDict:
     """The config of a run, from its config.json: never Python from a workdir."""
-    config = ConfigDict(_tuples(read_json(workdir / "config.json")))
-    validate(config)
-    return config
+    return from_json(read_json(workdir / "config.json"))
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-
-def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError where a config would not continue the run that a workdir holds."""
-    old, new = flatten(saved), flatten(to_json(config))
-    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)} - HARMLESS
-    if differing == {"train.epochs"} and new["train.epochs"] > old["train.epochs"]:
-        if new["optim.schedule"] == "constant":
-            return
-        raise UserError(
-            f"{workdir} was trained for config.train.epochs={old['train.epochs']} with the "
-            f"{new['optim.schedule']} schedule, which depends on it: more epochs would be another "
-            "run; use another --workdir (with the constant schedule they can be added)"
-        )
-    if differing:
-        shown = ", ".join(f"{k}={new.get(k)!r} (was {old.get(k)!r})" for k in sorted(differing))
-        raise UserError(f"{workdir} holds a run of another config: {shown}; use another --workdir")
-
-
-def open_splits(config: ConfigDict, *names: str) -> list[splits.Split]:
+def open_splits(config: ConfigDict, *names: str) -> list[Split]:
     """The splits that config.data names "train", "validation" or "test", decoded."""
     c = config.data
     sources = open_sources(
         c.name, data_dir=c.dir or None, channels=c.channels, follow_links=c.follow_links
     )
-    if c.validation:
-        for other in (c.train, c.test):
-            if splits.overlapping(sources, c.validation, other):
-                raise UserError(
-                    f"config.data.validation={c.validation!r} shares examples with {other!r}"
-                )
-    if splits.overlapping(sources, c.train, c.test):
-        raise UserError(f"config.data.train={c.train!r} shares examples with {c.test!r}")
-    return splits.load_splits(
+    used = {c[name]: f"config.data.{name}" for name in ("train", "validation", "test") if c[name]}
+    for i, (spec, key) in enumerate(used.items()):
+        for other in list(used)[:i]:
+            if overlapping(sources, spec, other):
+                raise UserError(f"{key}={spec!r} shares examples with {other!r}")
+    return load_splits(
         sources,
         [c[name] for name in names],
         image_size=tuple(c.image_size),
@@ -242,84 +282,26 @@ def open_splits(config: ConfigDict, *names: str) -> list[splits.Split]:
 
 
 def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = False) -> nn.Module:
-    """The Linen module, its convolutions on oneDNN where `cpu_kernels`."""
-    fields = {k: config.model[k] for k in _model_fields(config.model.name)}
-    if config.model.name == "cnn":
-        _check_pooling(config, len(fields["widths"]))
-    # The whole process's: a program takes it when it is traced, in training and prediction alike.
-    jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
-    conv = nn.Conv
+    """The Linen module; with faster operations where `cpu_kernels`."""
+    model, conv = MODELS[config.model.name], nn.Conv
     if cpu_kernels:
         from imgcls import cpu
 
         conv = partial(nn.Conv, conv_general_dilated=cpu.conv_general_dilated)
-    return MODELS[config.model.name](
+    return model(
         num_classes=num_classes,
         dtype=jnp.dtype(machine.compute_dtype(config)),
         conv=conv,
-        **fields,
-    )
-
-
-def _check_pooling(config: ConfigDict, blocks: int) -> None:
-    keys = ["data.image_size", *(["train.early_image_size"] if config.train.early_epochs else [])]
-    for key in keys:
-        section, name = key.split(".")
-        smaller = config.model.whiten and not config.model.pad_whitening
-        if min(config[section][name]) - smaller < 2**blocks:
-            raise UserError(
-                f"config.model.widths={config.model.widths} halves the image {blocks} times, too "
-                f"often for config.{key}={config[section][name]}"
-            )
-
-
-def _model_fields(name: Any) -> dict[str, Any]:
-    """The model's own fields with their defaults; empty for an unknown name."""
-    if name not in MODELS:
-        return {}
-    fields = MODELS[name].__dataclass_fields__
-    given = {"num_classes", "dtype", "conv", "pool", "norm", "parent", "name"}
-    return {k: f.default for k, f in fields.items() if k not in given}
-
-
-def build_preprocess(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    return partial(normalize, mean=tuple(config.data.mean), std=tuple(config.data.std))
-
-
-def build_augment(
-    config: ConfigDict, *, early: bool = False
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`early`: for the first epochs, on smaller images."""
-    augment = compose(**config.get("augment", {}))
-    return resized(augment, tuple(config.train.early_image_size)) if early else augment
-
-
-def build_schedule(config: ConfigDict, *, steps_per_epoch: int) -> optax.Schedule:
-    return create_schedule(
-        config.optim.schedule,
-        learning_rate=config.optim.learning_rate,
-        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
-        total_steps=config.train.epochs * steps_per_epoch,
+        **own_values(config, "model", model),
     )
 
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     o = config.optim
-    own = {"muon": ("adam",), "muon_sgd": ("dense", "bias")}.get(o.name, ())
-    options = {f"{part}_ratio": o[f"{part}_learning_rate"] / o.learning_rate for part in own}
     return create_optimizer(
         o.name,
         schedule,
-        momentum=o.momentum,
-        weight_decay=o.weight_decay,
+        learning_rate=o.learning_rate,
         clip_norm=o.clip_norm,
-        **options,
+        **own_values(config, "optim", OPTIMIZERS[o.name]),
     )
-
-
-def augmented_images(config: ConfigDict, batch: dict[str, Any], num_classes: int) -> jax.Array:
-    """The images of the first batch as training sees them: float[B, H, W, C] in [0, 1]."""
-    rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    augment = build_augment(config, early=config.train.early_epochs > 0)
-    apply = partial(augment_batch, augment=augment, num_classes=num_classes)
-    return jax.jit(apply)(rng, batch)[0]

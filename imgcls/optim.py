@@ -1,10 +1,16 @@
-"""Learning-rate schedules and optimisers, from explicit arguments. Steps are parameter updates."""
+"""Learning-rate schedules and optimisers, from explicit arguments. Steps are parameter updates.
 
+An optimiser is a function of a schedule. Its keyword arguments are config keys, and their meanings
+are read from its docstring.
+"""
+
+import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 # a, b and c of Muon's iteration x <- x (a + b x'x + c (x'x)^2), and how many of them are enough
 # here (airbench94_muon has 3).
@@ -38,28 +44,46 @@ def matrices_and_kernels(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def _sgd(schedule, *, momentum, weight_decay):
-    # Decay joins the gradient before the momentum: the L2 penalty of the classic recipes.
+def _sgd(schedule, *, momentum=0.9, weight_decay=0.0):
+    """SGD with Nesterov momentum.
+
+    Args:
+        momentum: of Nesterov; 0: none
+        weight_decay: added to the gradient before the momentum: the L2 penalty of classic recipes
+    """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, matrices_and_kernels),
         optax.sgd(schedule, momentum=momentum or None, nesterov=momentum > 0),
     )
 
 
-def _adamw(schedule, *, momentum, weight_decay):
+def _adamw(schedule, *, momentum=0.9, weight_decay=0.0):
+    """AdamW (arXiv 1711.05101).
+
+    Args:
+        momentum: decay of the average of gradients, b1
+        weight_decay: times the learning rate, of kernels and matrices
+    """
     return optax.adamw(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
 
 
-def _lion(schedule, *, momentum, weight_decay):
+def _lion(schedule, *, momentum=0.9, weight_decay=0.0):
+    """Lion (arXiv 2302.06675).
+
+    Args:
+        momentum: b1
+        weight_decay: times the learning rate, of kernels and matrices
+    """
     return optax.lion(schedule, b1=momentum, weight_decay=weight_decay, mask=matrices_and_kernels)
 
 
 def orthogonalize(kernel: jax.Array) -> jax.Array:
-    """Muon's update (Jordan et al., 2024): singular values brought near one, but for tiny ones.
+    """Muon's update (Jordan et al., 2024) of a kernel [H, W, I, O], by Newton-Schulz iterations.
 
-    Those of a kernel [H, W, I, O] as the matrix x [H * W * I, O]. An iteration x <- x q(x'x) has
-    two products with x, the largest matrix; here only the small square x'x (or xx') goes through
-    them, with the product of all q, and x is multiplied once in the end.
+    Seen as a matrix x of shape [H * W * I, O], the kernel's singular values move towards 1, except
+    tiny ones. An iteration x <- x q(x'x) would take two products with x, the largest matrix. Here
+    the iterations go over the small square x'x (or xx') and the product of all q, and x is
+    multiplied once, at the end.
     """
     # Rounding leaves small eigenvalues of the square below zero, and each iteration multiplies them
     # by up to 12: harmless in float32, not in what accelerators take for it by default.
@@ -86,13 +110,16 @@ def _muon_kernels(schedule, *, momentum, weight_decay):
     )
 
 
-def _muon(schedule, *, momentum, weight_decay, adam_ratio=1.0):
+def _muon(schedule, *, learning_rate, momentum=0.9, weight_decay=0.0, adam_learning_rate=0.01):
     """Muon for convolution kernels, AdamW for all other parameters.
 
-    AdamW's learning rate is `adam_ratio` times Muon's.
+    Args:
+        momentum: Muon's, of Nesterov
+        weight_decay: times the learning rate, of kernels and matrices
+        adam_learning_rate: the peak for all but convolution kernels
     """
     others = optax.adamw(
-        lambda step: adam_ratio * schedule(step),
+        lambda step: adam_learning_rate / learning_rate * schedule(step),
         b2=0.99,  # a thousand steps are a long training here
         weight_decay=weight_decay,
         mask=matrices_and_kernels,
@@ -102,31 +129,55 @@ def _muon(schedule, *, momentum, weight_decay, adam_ratio=1.0):
     return optax.partition({"kernels": kernels, "others": others}, labels)
 
 
-def _muon_sgd(schedule, *, momentum, weight_decay, dense_ratio=1.0, bias_ratio=1.0):
+def _muon_sgd(
+    schedule,
+    *,
+    learning_rate,
+    momentum=0.9,
+    weight_decay=0.0,
+    dense_learning_rate=0.02,
+    bias_learning_rate=100.0,
+):
     """Muon for convolution kernels, SGD for all other parameters, as in airbench94_muon.
 
-    SGD's learning rates are `dense_ratio` (fully connected layers) and `bias_ratio` (the biases and
-    scales of the others) times Muon's.
+    Args:
+        momentum: Muon's, of Nesterov
+        weight_decay: times the learning rate, of kernels and matrices
+        dense_learning_rate: the peak for fully connected layers
+        bias_learning_rate: the peak for the other layers' biases and scales
     """
 
-    def sgd(ratio):
+    def sgd(peak):
         return optax.chain(
             optax.trace(0.85, nesterov=True),  # airbench94_muon's; `momentum` is Muon's
-            optax.scale(ratio),
+            optax.scale(peak / learning_rate),
             optax.add_decayed_weights(weight_decay, matrices_and_kernels),
             optax.scale_by_learning_rate(schedule),
         )
 
-    def label(path, parameter):
-        if parameter.ndim == 4:
-            return "kernels"
-        return "dense" if "Dense" in jax.tree_util.keystr(path) else "biases"
-
     kernels = _muon_kernels(schedule, momentum=momentum, weight_decay=weight_decay)
-    return optax.partition(
-        {"kernels": kernels, "dense": sgd(dense_ratio), "biases": sgd(bias_ratio)},
-        lambda params: jax.tree_util.tree_map_with_path(label, params),
-    )
+    groups = {
+        "kernels": kernels,
+        "dense": sgd(dense_learning_rate),
+        "biases": sgd(bias_learning_rate),
+    }
+    return optax.partition(groups, kernels_dense_and_biases)
+
+
+def kernels_dense_and_biases(params: optax.Params) -> optax.Params:
+    """Labels each array: those of convolutions, of fully connected layers, and all others.
+
+    A layer is fully connected if its kernel is a matrix. Its bias goes with the kernel.
+    """
+    flat = flatten_dict(params)
+
+    def label(path):
+        kernel = flat.get((*path[:-1], "kernel"))
+        if flat[path].ndim == 4:
+            return "kernels"
+        return "dense" if kernel is not None and kernel.ndim == 2 else "biases"
+
+    return unflatten_dict({path: label(path) for path in flat})
 
 
 OPTIMIZERS = {
@@ -142,16 +193,21 @@ def create_optimizer(
     name: str,
     schedule: optax.Schedule,
     *,
-    momentum: float,
-    weight_decay: float,
-    clip_norm: float,
-    **options: float,
+    learning_rate: float,
+    clip_norm: float = 0.0,
+    **own: float,
 ) -> optax.GradientTransformation:
     """The optax chain: gradients clipped to the global norm `clip_norm` (0: never), then `name`.
 
-    `momentum` is the decay of the gradient's average: Nesterov momentum of sgd and muon, b1 of
-    adamw and lion. Weight decay is coupled (L2) in sgd and decoupled in the others. `options` are
-    those that one optimiser has alone: muon's `adam_ratio`, muon_sgd's `dense_ratio`, `bias_ratio`.
+    Args:
+        name: a key of `OPTIMIZERS`.
+        schedule: learning rate by number of updates.
+        learning_rate: its peak.
+        clip_norm: as above.
+        own: the optimiser's keyword arguments.
     """
-    tx = OPTIMIZERS[name](schedule, momentum=momentum, weight_decay=weight_decay, **options)
+    optimizer = OPTIMIZERS[name]
+    if "learning_rate" in inspect.signature(optimizer).parameters:
+        own["learning_rate"] = learning_rate
+    tx = optimizer(schedule, **own)
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx

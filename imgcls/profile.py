@@ -15,14 +15,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imgcls import experiment
 from imgcls.errors import UserError
+from imgcls.experiment import Experiment, load_config
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say
 from imgcls.run.signals import StopSignal
 from imgcls.run.workdir import claim
-from imgcls.train import _Run
+from imgcls.train import start_or_resume
 
 SHOWN = 15
 VIEWERS = """\
@@ -42,18 +42,19 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
         UserError, CheckpointError: the workdir holds no run, a damaged one, or one under way.
     """
     machine.start()
-    config = experiment.load_config(workdir)
-    with StopSignal() as stop, claim(workdir):
-        run = _Run(config, workdir, Checkpoints(workdir / "checkpoints"), stop)
-        run._compile()
-        train_step = run.train_steps[run.step < run.early_steps]
-        state, batch = run.state, run._train_batch()
-        state, metrics = train_step(state, batch, run.rng)  # the first is not like the rest
+    config = load_config(workdir)
+    with StopSignal(), claim(workdir):
+        exp = Experiment(config, test=False)
+        state, _ = start_or_resume(exp, Checkpoints(workdir / "checkpoints"), workdir)
+        step = int(state.step)
+        train_step = exp.compile_train_step(state, small=step < exp.small_steps)
+        batch = exp.train_batch(step)
+        state, metrics = train_step(state, batch, exp.rng)  # the first is not like the rest
         jax.block_until_ready(metrics)
         with jax.profiler.trace(workdir / "profile", create_perfetto_trace=True):
             started = time.perf_counter()
             for _ in range(steps):
-                state, metrics = train_step(state, batch, run.rng)
+                state, metrics = train_step(state, batch, exp.rng)
             jax.block_until_ready(metrics)
             milliseconds = 1000 * (time.perf_counter() - started) / steps
     folder = max((workdir / "profile" / "plugins" / "profile").iterdir())

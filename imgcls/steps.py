@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from imgcls.state import TrainState
+from imgcls.task import Task
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -27,14 +28,20 @@ def normalize(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, .
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
+def step_keys(rng: jax.Array, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The keys of a step's augmentation and of its dropout: all of its randomness."""
+    augment_rng, dropout_rng = jax.random.split(jax.random.fold_in(rng, step))
+    return augment_rng, dropout_rng
+
+
 def augment_batch(
-    rng: jax.Array, batch: Batch, augment: Callable[..., Any], num_classes: int
+    rng: jax.Array, batch: Batch, *, augment: Callable[..., Any], task: Task, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """A batch as the loss sees it: images float32[B, H, W, C] in [0, 1], labels float32[B, K]."""
+    """A batch as the loss sees it: images float32[B, H, W, C] in [0, 1], targets float32[B, K]."""
     images = batch["image"].astype(jnp.float32) / 255
     if "mirrored" in batch:
         images = jnp.where(batch["mirrored"][:, None, None, None], images[:, :, ::-1], images)
-    return augment(rng, images, jax.nn.one_hot(batch["label"], num_classes))
+    return augment(rng, images, task.targets(batch["label"], num_classes))
 
 
 def train_step(
@@ -46,7 +53,7 @@ def train_step(
     tx: optax.GradientTransformation,
     preprocess: Callable[[jax.Array], jax.Array],
     augment: Callable[..., tuple[jax.Array, jax.Array]],
-    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    task: Task,
     ema_decay: float = 0.0,
     accumulate_steps: int = 1,
     unroll: bool = False,
@@ -59,16 +66,17 @@ def train_step(
     Where loss or gradient is not finite, nothing but the step counter changes, and the metric `bad`
     is 1.
 
-    Returns the new state and the metrics {"loss", "correct", "count", "bad"}: sums over the
-    batch's examples, float32.
+    Returns the new state and sums over the batch's examples, float32: of the task's figures,
+    "count" and "bad".
     """
-    rng = jax.random.fold_in(rng, state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-    augment_rng, dropout_rng = jax.random.split(rng)
-    images, labels = augment_batch(augment_rng, batch, augment, model.num_classes)
+    augment_rng, dropout_rng = step_keys(rng, state.step)
+    images, targets = augment_batch(
+        augment_rng, batch, augment=augment, task=task, num_classes=model.num_classes
+    )
 
-    def mean_loss(params, batch_stats, images, labels, dropout_rng):
+    def mean_loss(params, batch_stats, images, targets, dropout_rng):
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             preprocess(images),
@@ -76,9 +84,8 @@ def train_step(
             rngs={"dropout": dropout_rng},
             mutable=["batch_stats"],
         )
-        loss = loss_fn(logits, labels)
-        correct = logits.argmax(-1) == labels.argmax(-1)
-        return loss.mean(), (updated.get("batch_stats", {}), {"loss": loss, "correct": correct})
+        figures = task.figures(logits, targets, train=True)
+        return figures["loss"].mean(), (updated.get("batch_stats", {}), figures)
 
     def accumulate(carry, part):
         batch_stats, total = carry
@@ -89,7 +96,7 @@ def train_step(
 
     # Strided parts, not contiguous ones: each device then splits the examples that it holds.
     k = accumulate_steps
-    parts = [x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1) for x in (images, labels)]
+    parts = [x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1) for x in (images, targets)]
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     scan = _unrolled_scan if unroll or k == 1 else jax.lax.scan
     (batch_stats, grads), outputs = scan(
@@ -123,7 +130,7 @@ def train_step(
 def _unrolled_scan(body: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` without a loop: inside one, XLA's convolutions are 15 times slower on a CPU.
 
-    With `unroll=True`, too, which leaves a loop of one turn.
+    `lax.scan(unroll=True)` does not help: it still emits a loop of one iteration.
     """
     leaves, structure = jax.tree.flatten(xs)
     outputs = []
@@ -150,13 +157,10 @@ def eval_step(
     *,
     model: nn.Module,
     preprocess: Callable[[jax.Array], jax.Array],
+    task: Task,
 ) -> Metrics:
-    """{"loss", "correct", "count"}: sums, never means, over the examples that are not padding."""
+    """The task's figures and "count": sums, never means, over the examples that are not padding."""
     logits = predict_step(state, batch["image"], model=model, preprocess=preprocess)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    correct = logits.argmax(-1) == batch["label"]
-    return {
-        "loss": jnp.where(batch["mask"], loss, 0).sum(),
-        "correct": (correct & batch["mask"]).sum(dtype=jnp.float32),
-        "count": batch["mask"].sum(dtype=jnp.float32),
-    }
+    targets = task.targets(batch["label"], model.num_classes)
+    figures = task.figures(logits, targets, train=False) | {"count": batch["mask"]}
+    return {k: jnp.where(batch["mask"], x, 0).sum(dtype=jnp.float32) for k, x in figures.items()}

@@ -8,8 +8,11 @@ wrong; 3 training diverged; 4 checkpoint trouble; 130 and 143 stopped by Ctrl-C 
 On several machines, or as several processes: see their flags below.
 """
 
+import re
+import runpy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,381 +22,355 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from imgcls import experiment
-from imgcls.data.splits import TrainOrder, eval_order
-from imgcls.errors import CheckpointError, DivergedError, UserError
+from imgcls import config as configs
+from imgcls.data.splits import Split
+from imgcls.errors import CheckpointError, DivergedError, UserError, did_you_mean
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.evaluation.report import SAMPLES
-from imgcls.inference.classifier import Classifier, state_target
-from imgcls.losses import cross_entropy
-from imgcls.parallel import is_main, make_mesh, put_batch, replicated
+from imgcls.experiment import Experiment, load_config
+from imgcls.inference.classifier import Classifier
+from imgcls.parallel import is_main
 from imgcls.run import cli, machine, processes, signals
 from imgcls.run.checkpoint import Checkpoints
-from imgcls.run.logs import MetricWindow, MetricWriter, image_grid, mean_metrics, progress, say
+from imgcls.run.logs import (
+    Clock,
+    MetricWindow,
+    MetricWriter,
+    add_sums,
+    figures_of,
+    image_grid,
+    mean_metrics,
+    progress,
+    say,
+)
 from imgcls.run.processes import Agreement
 from imgcls.run.signals import StopSignal, in_thread, interruptibly
-from imgcls.run.workdir import claim, read_json, write_json
-from imgcls.state import TrainState, count_parameters, create_state
-from imgcls.steps import eval_step, train_step
+from imgcls.run.workdir import claim, write_json
+from imgcls.state import TrainState, count_parameters
+from imgcls.task import Task
 
 STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
+Callback = Callable[[dict[str, Any]], bool | None]
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    task: Task | None = None,
+    splits: dict[str, Split] | None = None,
+    callback: Callback = lambda row: None,
+    until_epoch: int | None = None,
+    test: bool = True,
+) -> TrainState:
     """Trains to the end, from the last checkpoint in `workdir` if any, and evaluates on test.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        task: in the place of the one that the config names.
+        splits: "train", "test" and perhaps "validation", in the place of the config's.
+        callback: called with each row of metrics.jsonl. Training is saved and left where it
+            returns True; a later call goes on.
+        until_epoch: training is saved and left after this epoch; a later call goes on.
+        test: False leaves the test split unopened; a later call evaluates.
+
+    Returns:
+        The state at the step where it stopped.
 
     Raises:
         UserError, DivergedError, CheckpointError, Stopped: see `imgcls.errors`.
     """
     workdir = Path(workdir)
     machine.start()
-    experiment.validate(config)
+    configs.validate(config)
     with StopSignal() as stop, claim(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints")
         if checkpoints.steps():
-            experiment.check_resumable(read_json(workdir / "config.json"), config, workdir)
-        run = _Run(config, workdir, checkpoints, stop)
+            configs.check_resumable(load_config(workdir), config, workdir)
+        exp = Experiment(config, task=task, splits=splits, test=test)
+        state, meta = start_or_resume(exp, checkpoints, workdir)
         report = workdir / "report.html"  # written last
-        if run.step == run.total_steps and report.exists():
+        if int(state.step) == exp.total_steps and (report.exists() or not test):
             say(f"already finished, nothing to do: see {workdir / 'results.json'}")
-            return run.state
+            return state
+        last_step = min(until_epoch or config.train.epochs, config.train.epochs)
+        last_step *= exp.steps_per_epoch
         try:
-            report.unlink(missing_ok=True)  # that of fewer epochs
-            write_json(workdir / "config.json", experiment.to_json(config))
-            run.train()
-            run.test()
+            report.unlink(missing_ok=True)  # left by a run of fewer epochs
+            write_json(workdir / "config.json", configs.to_json(config))
+            stop_agreed = Agreement(stop, delay=STEPS_AHEAD)
+            state, meta = train(
+                exp, state, meta, checkpoints, workdir, stop_agreed, callback, last_step
+            )
+            if test and int(state.step) == exp.total_steps:
+                open_test(exp, state, meta, checkpoints, workdir, stop_agreed)
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
                 f"{workdir} cannot be written ({error.strerror}); saved checkpoints are intact: "
                 "free some space and run the same command again"
             ) from error
         checkpoints.close()
-        return run.state
+        return state
 
 
-class _Run:
-    """One run: its data, its compiled steps, and where it stands."""
-
-    def __init__(
-        self, config: ConfigDict, workdir: Path, checkpoints: Checkpoints, stop: StopSignal
-    ):
-        self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
-        self.started = time.perf_counter()
-        names = ["train", "test", *(["validation"] if config.data.validation else [])]
-        opened = interruptibly(lambda: experiment.open_splits(config, *names))
-        self.splits = dict(zip(names, opened))
-        self.class_names = self.splits["train"].class_names
-        self.order = TrainOrder(
-            len(self.splits["train"]), batch_size=config.train.batch_size, seed=config.seed
-        )
-        self._describe_data()
-        self.steps_per_epoch = self.order.steps_per_epoch
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.early_steps = round(config.train.early_epochs * self.steps_per_epoch)
-        self.schedule = experiment.build_schedule(config, steps_per_epoch=self.steps_per_epoch)
-        self.mesh = make_mesh()
-        self.stop_agreed = Agreement(stop, delay=STEPS_AHEAD)
-        self.rng = jax.jit(
-            partial(jax.random.key, config.seed), out_shardings=replicated(self.mesh)
-        )()
-        signals.poll()
-        self._restore_or_create()
-        signals.poll()
-
-    def _describe_data(self) -> None:
-        c = self.config
-        for name, split in self.splits.items():
-            say(f"{name}: {len(split)} examples, {c.data.name} {split.name}")
-        if "validation" not in self.splits:
-            say("validation: none, config.data.validation is empty")
-        if self.order.steps_per_epoch == 0:
-            raise UserError(
-                f"config.train.batch_size={c.train.batch_size} is more than the "
-                f"{len(self.splits['train'])} examples of {self.splits['train'].name}: lower it"
-            )
-
-    def _restore_or_create(self) -> None:
-        """The model, the state, and `meta`: what is saved beside it, in JSON types."""
-        c, checkpoints = self.config, self.checkpoints
-        kernels = machine.choose_cpu_kernels(c)
-        self.meta: dict[str, Any] = {
-            "class_names": list(self.class_names),
-            "train_examples": len(self.splits["train"]),
-            "trained_by": machine.describe(),  # where and with what the run was started
-            "cpu_kernels": kernels,
-            "bits": machine.decides_bits(cpu_kernels=kernels),
-            "validated_step": 0,
-            "seconds": 0.0,  # since the first start, all sessions together
-            "train_seconds": 0.0,  # of them, in training steps
-            "sums": None,  # of the log window that the save interrupted
-            "bad_steps": [],
-        }
-        build = partial(experiment.build_model, c, len(self.class_names))
-        self.model = build(cpu_kernels=kernels)
-        self.saved_step = -1
-        if checkpoints.steps():
-            target = state_target(c, self.model)
-            self.state, saved = checkpoints.restore_latest(target)
-            self._check_same_data(saved)
-            kernels = kernels and saved["cpu_kernels"]
-            bits = machine.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
-            self.meta = saved | {"cpu_kernels": kernels, "bits": bits}
-            self.model = build(cpu_kernels=kernels)
-            self.saved_step = int(self.state.step)
-        else:
-            create = partial(
-                create_state,
-                model=self.model,
-                tx=experiment.build_optimizer(c, self.schedule),
-                ema=c.optim.ema_decay > 0,
-            )
-            images = self.splits["train"].read(self.order[0])["image"]
-            sample = experiment.build_preprocess(c)(images)
-            options = {"compiler_options": machine.compiler_options(once=True)}
-            create = jax.jit(create, out_shardings=replicated(self.mesh), **options)
-            create = create.lower(self.rng, sample)
-            create = interruptibly(create.compile)
-            machine.check_memory(create)
-            self.state = interruptibly(lambda: create(self.rng, sample))
-        self.step = int(self.state.step)
-        self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
-        parameters = count_parameters(self.state.params)
-        convolutions = ", convolutions by oneDNN" if self.meta["cpu_kernels"] else ""
-        device = machine.describe()["device"]
-        dtype = self.model.dtype.name
-        if dtype != c.model.dtype:
-            dtype += f" (no fast {c.model.dtype} on this CPU)"
-        say(f"{c.model.name}: {parameters:,} parameters, {dtype}, {device}{convolutions}")
-        if self.saved_step >= 0:
-            say(f"resumed at step {self.step} of {self.total_steps}")
-
-    def _check_same_data(self, saved: dict[str, Any]) -> None:
+def start_or_resume(
+    exp: Experiment, checkpoints: Checkpoints, workdir: Path
+) -> tuple[TrainState, dict[str, Any]]:
+    """The first or the last saved state, and `meta`: what is saved with it, in JSON types."""
+    splits = interruptibly(lambda: exp.splits)
+    for name, split in splits.items():
+        say(f"{name}: {len(split)} examples, {exp.config.data.name} {split.name}")
+    if "validation" not in splits:
+        say("validation: none, config.data.validation is empty")
+    total_steps = exp.total_steps  # or the reason why there is none
+    meta = {
+        "class_names": list(exp.class_names),
+        "train_examples": len(splits["train"]),
+        "trained_by": machine.describe(),  # where and with what the run was started
+        "cpu_kernels": exp.cpu_kernels,
+        "bits": machine.decides_bits(cpu_kernels=exp.cpu_kernels),
+        "validated_step": 0,
+        "seconds": 0.0,  # since the first start, all sessions together
+        "train_seconds": 0.0,  # of them, in training steps
+        "sums": None,  # of the log window that the save interrupted
+        "bad_steps": [],
+    }
+    signals.poll()
+    resumed = bool(checkpoints.steps())
+    if resumed:
+        state, saved = checkpoints.restore_latest(exp.state_target())
         for key in ("class_names", "train_examples"):
-            if saved[key] != self.meta[key]:
+            if saved[key] != meta[key]:
                 raise UserError(
-                    f"the data changed since {self.workdir} was started ({key}: {saved[key]} then, "
-                    f"{self.meta[key]} now): restore it, or use another --workdir"
+                    f"the data changed since {workdir} was started ({key}: {saved[key]} then, "
+                    f"{meta[key]} now): restore it, or use another --workdir"
                 )
+        exp.cpu_kernels = exp.cpu_kernels and saved["cpu_kernels"]
+        bits = machine.reuse_bits(saved.get("bits", {}), cpu_kernels=exp.cpu_kernels)
+        meta = saved | {"cpu_kernels": exp.cpu_kernels, "bits": bits}
+    else:
+        create = interruptibly(exp.compile_init)
+        state = interruptibly(create)
+    dtype, wanted = exp.model.dtype.name, exp.config.model.dtype
+    if dtype != wanted:
+        dtype += f" (no fast {wanted} on this CPU)"
+    name, parameters = exp.config.model.name, count_parameters(state.params)
+    kernels = ", convolutions by oneDNN" if exp.cpu_kernels else ""
+    say(f"{name}: {parameters:,} parameters, {dtype}, {machine.describe()['device']}{kernels}")
+    if resumed:
+        say(f"resumed at step {int(state.step)} of {total_steps}")
+    signals.poll()
+    return state, meta
 
-    def _compile(self) -> None:
-        """The steps that come next. Images are larger after the early ones: another program."""
-        c, options = self.config, {"compiler_options": machine.compiler_options()}
-        everywhere = replicated(self.mesh)
-        common = {"model": self.model, "preprocess": experiment.build_preprocess(c)}
-        train = partial(
-            train_step,
-            **common,
-            tx=experiment.build_optimizer(c, self.schedule),
-            loss_fn=partial(cross_entropy, label_smoothing=c.optim.label_smoothing),
-            ema_decay=c.optim.ema_decay,
-            accumulate_steps=c.train.accumulate_steps,
-            unroll=jax.default_backend() == "cpu",
-        )
-        validate = jax.jit(partial(eval_step, **common), out_shardings=everywhere, **options)
 
-        state = jax.tree.map(  # the arrays themselves are soon donated
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
-        )
-        batch = self._train_batch()
+def train(
+    exp: Experiment,
+    state: TrainState,
+    meta: dict[str, Any],
+    checkpoints: Checkpoints,
+    workdir: Path,
+    stop_agreed: Agreement,
+    callback: Callback,
+    last_step: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """From the step of `state` to `last_step`, or to the step at which the callback returns True.
 
-        def compile_step(*, early: bool) -> jax.stages.Compiled:
-            step = partial(train, augment=experiment.build_augment(c, early=early))
-            step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, **options)
-            program = step.lower(state, batch, self.rng).compile()
-            machine.check_memory(program)
-            return program
+    Between two steps it logs, validates, saves and stops.
+    """
+    c, step = exp.config.train, int(state.step)
+    saved_step = step if checkpoints.steps() else -1
 
-        def compile_now() -> None:
-            early = self.step < self.early_steps
-            self.train_steps = {early: compile_step(early=early)}
-            if "validation" in self.splits:
-                images = next(self._validation_batches())
-                self.eval_step = validate.lower(state, images).compile()
+    def validation_due() -> bool:
+        epoch, rest = divmod(step, exp.steps_per_epoch)
+        due = (rest == 0 and epoch % c.validate_every_epochs == 0) or step == exp.total_steps
+        return due and "validation" in exp.splits and step > meta["validated_step"]
 
-        say("compiling ...")
-        started = time.perf_counter()
-        interruptibly(compile_now)
-        self.compile_later = partial(compile_step, early=False)
-        say(f"compiled in {time.perf_counter() - started:.1f} s")
+    if step >= last_step and not validation_due():
+        return state, meta
+    train_step, eval_step = compile_steps(exp, state)
+    writer = MetricWriter(workdir, start_step=step, validated_step=meta["validated_step"])
+    window = MetricWindow(meta["sums"], meta["bad_steps"])
+    clock = Clock(meta["seconds"], meta["train_seconds"])
+    with progress(exp.total_steps, "training", "steps", initial=step) as bar:
 
-    def _train_batch(self) -> dict[str, jax.Array]:
-        return put_batch(self._read_train, self.order[self.step], self.mesh)
+        def log(split: str, sums: dict[str, float], rate: float) -> dict[str, Any]:
+            updates = step - len(window.bad_steps)
+            row = make_row(exp, step, updates, split, sums, rate, clock.seconds)
+            writer.write(row)
+            say_row(row, exp, bar, clock.train_seconds)
+            return row
 
-    def _read_train(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        batch = self.splits["train"].read(indices)
-        if self.config.data.alternate_flip:
-            batch["mirrored"] = self.order.mirrored(indices, self.step)
-        return batch
+        stop = enough = False
+        while True:
+            score = None
+            if clock.steps and (step % c.log_every_steps == 0 or step == exp.total_steps):
+                sums = check_finite(exp, window, workdir)
+                enough = callback(log("train", sums, clock.steps_per_second() * c.batch_size))
+                window.clear()
+            if validation_due():
+                check_finite(exp, window, workdir)
+                clock.lap()
+                sums = validate(exp, eval_step, state, stop_agreed)
+                if sums is not None:  # else a stop signal came first
+                    row = log("validation", sums, sums["count"] / clock.pause())
+                    score, meta["validated_step"] = row.get("top1", -row["loss"]), step
+                    enough = callback(row) or enough
+            stop = stop_agreed()
+            enough = enough or step >= last_step
+            epoch, rest = divmod(step, exp.steps_per_epoch)
+            save = rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0
+            if score is not None or ((save or stop or enough) and step > saved_step):
+                meta |= {"sums": check_finite(exp, window, workdir), "bad_steps": window.bad_steps}
+                clock.lap()
+                meta |= {"seconds": clock.seconds, "train_seconds": clock.train_seconds}
+                checkpoints.save(step, state, meta, top1=score)
+                saved_step = step
+                clock.pause()
+            if stop or enough:
+                break
+            state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)
+            if step == 0 and is_main():
+                write_samples(exp, workdir, writer)  # while the device computes
+            step, clock.steps = step + 1, clock.steps + 1
+            window.add(step, metrics)
+            window.wait(ahead=STEPS_AHEAD)
+            bar.update()
+    writer.close()
+    if stop:
+        checkpoints.wait()
+        raise stop_agreed.stopped(f"step {step} is saved; the same command resumes")
+    return state, meta | {"seconds": clock.seconds}
 
-    def _validation_batches(self) -> Iterator[dict[str, jax.Array]]:
-        split = self.splits["validation"]
-        for indices in eval_order(len(split), batch_size=self.config.eval.batch_size):
-            yield put_batch(split.read, indices, self.mesh)
 
-    def train(self) -> None:
-        """To the last step. What is due between two steps is logged, validated and saved there."""
-        if self.step < self.total_steps or self._validation_due():
-            self._compile()
-        self.writer = MetricWriter(
-            self.workdir, start_step=self.step, validated_step=self.meta["validated_step"]
-        )
-        signals.poll()
-        several = self.step < self.early_steps < self.total_steps
-        self.later = in_thread(self.compile_later) if several else None  # beside the early steps
-        self.clock = time.perf_counter()
-        self.timed_steps, self.timed_seconds = 0, 0.0  # since the last log line, in this session
-        with progress(self.total_steps, "training", "steps", initial=self.step) as self.bar:
-            self._between_steps()
-            while self.step < self.total_steps:
-                self.state, metrics = self._train_step()(self.state, self._train_batch(), self.rng)
-                if self.step == 0 and is_main():
-                    self._write_samples()  # while the device computes
-                self.step += 1
-                self.timed_steps += 1
-                self.window.add(self.step, metrics)
-                self.window.wait(ahead=STEPS_AHEAD)
-                self.bar.update()
-                self._between_steps()
-        self.writer.close()
+def compile_steps(
+    exp: Experiment, state: TrainState
+) -> tuple[Callable[[int], jax.stages.Compiled], jax.stages.Compiled | None]:
+    """The training step's program by number of the step, and that of validation, if there is any.
 
-    def _train_step(self) -> jax.stages.Compiled:
-        """The program of this step. The later one's errors are raised as soon as it has ended."""
-        early = self.step < self.early_steps
-        if self.later is not None and (self.later.done() or not early):
-            self.train_steps[False], self.later = self.later.result(), None
-        return self.train_steps[early]
+    The program for images of full size is compiled in the background while small ones are used.
+    """
+    step = int(state.step)
+    shapes = jax.tree.map(  # the arrays themselves are soon donated
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    say("compiling ...")
+    started, small = time.perf_counter(), step < exp.small_steps
+    first = interruptibly(partial(exp.compile_train_step, shapes, small=small))
+    validates = "validation" in exp.splits
+    eval_step = interruptibly(partial(exp.compile_eval_step, shapes)) if validates else None
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
+    signals.poll()
+    several = small and exp.small_steps < exp.total_steps
+    later: Future | None = in_thread(partial(exp.compile_train_step, shapes)) if several else None
 
-    def _write_samples(self) -> None:
-        batch = self._read_train(self.order[0])
-        images = experiment.augmented_images(self.config, batch, len(self.class_names))
-        images = np.rint(255 * np.clip(images[:64], 0, 1)).astype(np.uint8)
-        np.save(self.workdir / SAMPLES, images)
-        self.writer.image("train/augmented", image_grid(images), 0)
+    def train_step(step: int) -> jax.stages.Compiled:
+        if later is not None and (later.done() or step >= exp.small_steps):
+            full_size = later.result()  # or its error, as soon as there is one
+            return first if step < exp.small_steps else full_size
+        return first
 
-    def _between_steps(self) -> None:
-        c, last = self.config.train, self.step == self.total_steps
-        if (self.step % c.log_every_steps == 0 or last) and self.timed_steps:
-            self._log_training()
-        epoch, rest = divmod(self.step, self.steps_per_epoch)
-        save = last or (rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0)
-        top1 = self._validate() if self._validation_due() else None
-        stop = self.stop_agreed()
-        if top1 is not None or ((save or stop) and self.step > self.saved_step):
-            self._save(top1)
-        if stop:
-            self.checkpoints.wait()
-            raise self.stop_agreed.stopped(f"step {self.step} is saved; the same command resumes")
+    return train_step, eval_step
 
-    def _validation_due(self) -> bool:
-        epoch, rest = divmod(self.step, self.steps_per_epoch)
-        due = rest == 0 and epoch % self.config.train.validate_every_epochs == 0
-        due = due or self.step == self.total_steps
-        return due and "validation" in self.splits and self.step > self.meta["validated_step"]
 
-    def _log_training(self) -> None:
-        sums = self._checked_window()
-        self._lap()
-        rate = self.timed_steps * self.config.train.batch_size / self.timed_seconds
-        self._log("train", mean_metrics(sums), rate)
-        self.window.clear()
-        self.timed_steps, self.timed_seconds = 0, 0.0
+def validate(
+    exp: Experiment, eval_step: jax.stages.Compiled, state: TrainState, stop_agreed: Agreement
+) -> dict[str, float] | None:
+    """Sums over the validation split; None where a stop signal came first."""
+    sums: dict[str, float] = {}
+    for batch in exp.eval_batches("validation"):
+        add_sums(sums, jax.device_get(eval_step(state, batch)))
+        if stop_agreed():
+            return None
+    return sums
 
-    def _validate(self) -> float | None:
-        """Validation top-1; None where a stop signal came first."""
-        self._checked_window()
-        self._lap()
-        sums = dict.fromkeys(("loss", "correct", "count"), 0.0)
-        for batch in self._validation_batches():
-            metrics = jax.device_get(self.eval_step(self.state, batch))
-            sums = {key: value + float(metrics[key]) for key, value in sums.items()}
-            if self.stop_agreed():
-                return None
-        means = mean_metrics(sums)
-        now = time.perf_counter()
-        self._log("validation", means, sums["count"] / (now - self.clock))
-        self.meta["validated_step"] = self.step
-        self.clock = now  # validation is not training time
-        return means["top1"]
 
-    def _log(self, split: str, means: dict[str, float], rate: float) -> None:
-        updates = self.step - len(self.window.bad_steps)
-        row = {
-            "step": self.step,
-            "epoch": round(self.step / self.steps_per_epoch, 4),
-            "split": split,
-            **means,
-            "learning_rate": float(self.schedule(max(updates - 1, 0))),
-            "images_per_second": round(rate, 1),
-            "seconds": round(self._seconds(), 3),
-        }
-        self.writer.write(row)
-        left = (self.total_steps - self.step) * self.meta["train_seconds"] / self.step
-        text = (
-            f"epoch {row['epoch']:.2f}/{self.config.train.epochs}  {split:10s}  "
-            f"loss {row['loss']:.4f}  top1 {row['top1']:.4f}  lr {row['learning_rate']:.3g}  "
-            f"{rate:.0f} images/s"
-        )
-        if self.bar.disable:
-            say(f"step {self.step}  {text}  {left:.0f} s left")
-        elif split == "train":
-            self.bar.set_description(text)
-        else:
-            say(text)
+def make_row(
+    exp: Experiment,
+    step: int,
+    updates: int,
+    split: str,
+    sums: dict[str, float],
+    rate: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """A row of metrics.jsonl. `updates` are the steps that changed the parameters."""
+    return {
+        "step": step,
+        "epoch": round(step / exp.steps_per_epoch, 4),
+        "split": split,
+        **mean_metrics(sums),
+        "learning_rate": float(exp.schedule(max(updates - 1, 0))),
+        "images_per_second": round(rate, 1),
+        "seconds": round(seconds, 3),
+    }
 
-    def _save(self, top1: float | None) -> None:
-        sums = self._checked_window()
-        self._lap()
-        saved = {"seconds": self._seconds(), "sums": sums, "bad_steps": self.window.bad_steps}
-        self.checkpoints.save(self.step, self.state, self.meta | saved, top1=top1)
-        self.saved_step = self.step
-        self.clock = time.perf_counter()  # saving is not training time
 
-    def _seconds(self) -> float:
-        return self.meta["seconds"] + time.perf_counter() - self.started
+def say_row(row: dict[str, Any], exp: Experiment, bar: Any, train_seconds: float) -> None:
+    figures = "  ".join(f"{name} {row[name]:.4f}" for name in figures_of(row))
+    text = (
+        f"epoch {row['epoch']:.2f}/{exp.config.train.epochs}  {row['split']:10s}  {figures}  "
+        f"lr {row['learning_rate']:.3g}  {row['images_per_second']:.0f} images/s"
+    )
+    if bar.disable:
+        left = (exp.total_steps - row["step"]) * train_seconds / row["step"]
+        say(f"step {row['step']}  {text}  {left:.0f} s left")
+    elif row["split"] == "train":
+        bar.set_description(text)
+    else:
+        say(text)
 
-    def _lap(self) -> None:
-        """Counts the time since the last lap or pause as training."""
-        now = time.perf_counter()
-        lap, self.clock = now - self.clock, now
-        self.meta["train_seconds"] += lap
-        self.timed_seconds += lap
 
-    def _checked_window(self) -> dict[str, float]:
-        """The window's sums; raises DivergedError so that nothing past a bad step is kept."""
-        sums = self.window.fetch()
-        allowed, bad = self.config.train.max_bad_steps, self.window.bad_steps
-        if len(bad) <= allowed:
-            return sums
-        step = bad[allowed]
-        ids = [self.splits["train"].ids[i] for i in self.order[step - 1]]
-        path = self.workdir / "diverged.json"
-        write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
-        raise DivergedError(
-            f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, "
-            f"... (all {len(ids)} in {path}): lower config.optim.learning_rate, set "
-            "config.optim.clip_norm, or allow a few with config.train.max_bad_steps"
-        )
+def write_samples(exp: Experiment, workdir: Path, writer: MetricWriter) -> None:
+    images = np.asarray(exp.augmented_images()[:64])
+    images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+    np.save(workdir / SAMPLES, images)
+    writer.image("train/augmented", image_grid(images), 0)
 
-    def test(self) -> None:
-        """Opens the test split, once."""
-        state, meta = self.state, self.meta | {"seconds": self._seconds()}
-        if self.config.eval.checkpoint == "best":
-            self.checkpoints.wait()
-            state, meta = self.checkpoints.restore("best", state_target(self.config, self.model))
 
-        def poll() -> None:
-            if self.stop_agreed():
-                self.checkpoints.wait()
-                raise self.stop_agreed.stopped("training is saved; the same command evaluates")
+def check_finite(exp: Experiment, window: MetricWindow, workdir: Path) -> dict[str, float]:
+    """The window's sums; raises DivergedError so that nothing past a bad step is kept."""
+    sums, allowed, bad = window.fetch(), exp.config.train.max_bad_steps, window.bad_steps
+    if len(bad) <= allowed:
+        return sums
+    step = bad[allowed]
+    ids = [exp.splits["train"].ids[i] for i in exp.order[step - 1]]
+    path = workdir / "diverged.json"
+    write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
+    raise DivergedError(
+        f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, "
+        f"... (all {len(ids)} in {path}): lower config.optim.learning_rate, set "
+        "config.optim.clip_norm, or allow a few with config.train.max_bad_steps"
+    )
 
-        evaluate(
-            Classifier(self.config, self.model, state, meta),
-            {name: split for name, split in self.splits.items() if name != "train"},
-            self.workdir,
-            split="test",
-            checkpoint=self.config.eval.checkpoint,
-            poll=poll,
-        )
+
+def open_test(
+    exp: Experiment,
+    state: TrainState,
+    meta: dict[str, Any],
+    checkpoints: Checkpoints,
+    workdir: Path,
+    stop_agreed: Agreement,
+) -> None:
+    """Evaluates on the test split, once."""
+    checkpoint = exp.config.eval.checkpoint
+    if checkpoint == "best":
+        checkpoints.wait()
+        state, meta = checkpoints.restore("best", exp.state_target())
+
+    def poll() -> None:
+        if stop_agreed():
+            checkpoints.wait()
+            raise stop_agreed.stopped("training is saved; the same command evaluates")
+
+    evaluate(
+        Classifier(exp, state, meta),
+        {name: split for name, split in exp.splits.items() if name != "train"},
+        workdir,
+        split="test",
+        checkpoint=checkpoint,
+        poll=poll,
+    )
 
 
 def define_flags() -> None:
@@ -407,15 +384,47 @@ def define_flags() -> None:
     flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds until a silent process is dead.", 1)
 
 
+def check_flags(argv: list[str]) -> None:
+    """Raises UserError for a config file or a key of a config that does not exist."""
+    config = _config_of(argv)
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv if argument[:2] == "--"]
+    for name in names:
+        known = config is None or name in flags.FLAGS
+        if not known and (text := configs.explain_flag(name, config)):
+            raise UserError(text)
+
+
+def more_help(argv: list[str]) -> str:
+    """Every key of the config that is named."""
+    config = _config_of(argv)
+    hint = "With --config=FILE, --help lists every key of that config."
+    return hint if config is None else f"Keys of this config:\n{configs.describe(config)}"
+
+
+def _config_of(argv: list[str]) -> ConfigDict | None:
+    """The config that the arguments name, if any, before its keys are set."""
+    given = [argument for argument in argv if re.match("--?config=", argument)]
+    if not given:
+        return None
+    path, _, argument = given[-1].partition("=")[2].partition(":")
+    if not Path(path).is_file():
+        there = [str(file) for file in Path(path).parent.glob("*.py")]
+        near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
+        raise UserError(f"--config={path} does not exist: {near}")
+    try:
+        return runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    except TypeError as error:
+        if argument and "positional argument" in str(error):
+            raise UserError(f"{path} offers no choice of a model: leave :{argument} away") from None
+        raise
+
+
 def main(_: list[str]) -> None:
     f = flags.FLAGS
     if f.config is None:
         raise UserError("--config is missing: try --config=configs/digits.py")
     workdir = cli.required_workdir()
-    try:
-        config = f.config.copy_and_resolve_references()  # a file that failed to load fails here
-    except OSError as error:
-        raise UserError(" ".join(str(error).split())) from None
+    config = f.config.copy_and_resolve_references()
     with processes.session(
         f.coordinator_address,
         f.num_processes,

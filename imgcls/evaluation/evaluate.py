@@ -22,7 +22,7 @@ from imgcls import experiment
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
 from imgcls.evaluation.report import write_report
-from imgcls.evaluation.scores import evaluate_logits, fit_temperature
+from imgcls.evaluation.scores import score
 from imgcls.inference.classifier import Classifier, load
 from imgcls.parallel import is_main
 from imgcls.run import cli, machine
@@ -67,11 +67,11 @@ def evaluate(
     wanted = [split, *({"validation"} & splits.keys() - {split})]
     logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
     try:
-        temperature = None
-        if "validation" in splits:
-            temperature = fit_temperature(logits["validation"], splits["validation"].labels)
-        scores = evaluate_logits(
-            logits[split], examples.labels, examples.class_names, temperature=temperature
+        fit_on = (
+            (logits["validation"], splits["validation"].labels) if "validation" in splits else None
+        )
+        scores = score(
+            classifier.experiment.task, logits[split], examples.labels, examples.class_names, fit_on
         )
     except ValueError as error:
         raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
@@ -95,9 +95,10 @@ def evaluate(
     if tta:
         views = [dataclasses.replace(examples, images=view) for view in VIEWS[tta](examples.images)]
         mean = sum(classifier.logits(view, poll=poll) for view in views) / len(views)
-        averaged = evaluate_logits(mean, examples.labels, examples.class_names)
+        averaged = score(classifier.experiment.task, mean, examples.labels, examples.class_names)
         keys = ("top1", "top1_interval", "top5", "loss")
-        results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in keys}
+        averaged = {key: averaged[key] for key in keys if key in averaged}
+        results["test_time_augmentation"] = {"views": tta} | averaged
     if not is_main():
         return results
     np.savez_compressed(
@@ -110,11 +111,19 @@ def evaluate(
     write_json(path, results)
     if official:
         write_report(workdir, gallery_images=examples.images.__getitem__)
-    correct = round(results["top1"] * results["examples"])
     if tta:
-        say(f"{split} top1 {averaged['top1']:.4f} with test-time augmentation ({tta})")
-    say(f"{split} top1 {results['top1']:.4f} ({correct}/{results['examples']})  {path}")
+        say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
+    say(f"{split} {_shown(scores)}  {path}")
     return results
+
+
+def _shown(scores: dict[str, Any]) -> str:
+    if "top1" not in scores:
+        return "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if isinstance(v, float))
+    counted = ""
+    if "examples" in scores:
+        counted = f" ({round(scores['top1'] * scores['examples'])}/{scores['examples']})"
+    return f"top1 {scores['top1']:.4f}{counted}"
 
 
 def _mirrored(images: np.ndarray) -> list[np.ndarray]:

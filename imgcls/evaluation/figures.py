@@ -16,6 +16,7 @@ from markupsafe import Markup
 from scipy.special import softmax
 
 from imgcls.evaluation import scores
+from imgcls.run.logs import figures_of
 
 # Colours of the page and of its figures, by the names of the CSS variables.
 LIGHT = {"paper": "#fdfcfa", "ink": "#1c1d20", "muted": "#66676d", "line": "#e4e1db"}
@@ -25,12 +26,12 @@ DARK |= {"good": "#56bccf", "bad": "#f2905c"}
 # Told apart from each other on either paper.
 PALETTE = ["#cf4a1d", "#1684a0", "#8a63d2", "#b98512", "#4c8f3c", "#c2438f"]
 
-PANELS = [
-    ("Loss", "loss", ("train", "validation")),
-    ("Top-1 accuracy", "top1", ("train", "validation")),
-    ("Learning rate", "learning_rate", ("train",)),
-    ("Training images per second", "images_per_second", ("train",)),
-]
+# Titles of the curves. A figure of another task goes by its name.
+TITLES = {"loss": "Loss", "top1": "Top-1 accuracy"}
+TRAIN_TITLES = {
+    "learning_rate": "Learning rate",
+    "images_per_second": "Training images per second",
+}
 
 STYLE = {
     "font.size": 8.5,
@@ -88,8 +89,12 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def learning_curves(history: Sequence[dict[str, Any]]) -> dict[str, Markup]:
     """Title -> figure, of the quantities that the rows of a metrics.jsonl have."""
+    names = dict.fromkeys(name for row in history for name in figures_of(row))
+    both, train = TITLES | {n: n for n in names if n not in TITLES}, ("train",)
+    panels = [(title, key, (*train, "validation")) for key, title in both.items()]
+    panels += [(title, key, train) for key, title in TRAIN_TITLES.items()]
     curves = {}
-    for title, key, splits in PANELS:
+    for title, key, splits in panels:
         series = {}
         for split in splits:
             rows = [(row["epoch"], row.get(key)) for row in history if row["split"] == split]

@@ -22,9 +22,10 @@ from markupsafe import Markup
 from PIL import Image
 from scipy.special import softmax
 
+from imgcls.config import flatten
 from imgcls.errors import UserError
 from imgcls.evaluation import figures
-from imgcls.experiment import flatten, load_config, open_splits
+from imgcls.experiment import load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.workdir import read_json
 
@@ -59,11 +60,11 @@ def read_run(workdir: str | Path) -> Run:
     name = "results.json"
     try:
         results = json.loads((workdir / name).read_text(encoding="utf-8"))
-        shape = (results["examples"], len(results["per_class"]))
+        shape = (results["examples"], len(results["class_names"]))
         name = "predictions.npz"
         with np.load(workdir / name, allow_pickle=False) as saved:
             logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
-        if not (logits.shape == shape and labels.shape == ids.shape == shape[:1]):
+        if not (logits.shape == shape and labels.shape[:1] == ids.shape == shape[:1]):
             raise ValueError("its shapes are not those of results.json")
     except FileNotFoundError as error:
         raise UserError(f"{workdir / name} does not exist: write it with {remedy}") from error
@@ -90,30 +91,38 @@ def write_report(
         UserError: a file is missing or broken, or the page cannot be written.
     """
     run = read_run(workdir)
-    calibration, classes = run.results["calibration"], _worst_classes(run.results["per_class"])
     page = render(
         "report.html.j2",
         run=run,
         results=run.results,
-        calibration=calibration,
-        names=[row["name"] for row in run.results["per_class"]],
+        names=run.results["class_names"],
         config_groups=_groups(run.config),
         test_evaluations=logs.read_metrics(run.workdir / "test_evaluations.jsonl"),
         curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
-        matrix=_confusion(run.results["confusion_matrix"]),
-        worst=classes[: len(figures.PALETTE)],
-        other_classes=len(classes[len(figures.PALETTE) :]),
-        precision_recall=figures.precision_recall(
-            run.logits, run.labels, classes=classes, highlighted=len(figures.PALETTE)
-        ),
-        reliability=figures.reliability(
-            run.logits, run.labels, temperature=calibration["temperature"]
-        ),
-        confidence_counts=figures.confidence_counts(calibration["reliability"]),
-        galleries=_galleries(run, gallery_images),
         samples=[image_uri(image) for image in _read_samples(run.workdir)],
+        **(_classification(run, gallery_images) if "per_class" in run.results else {}),
     )
     return write_page(run.workdir / "report.html", page)
+
+
+def _classification(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """What the page shows of a run whose images have one class each."""
+    calibration, classes = run.results["calibration"], _worst_classes(run.results["per_class"])
+    highlighted = len(figures.PALETTE)
+    return {
+        "calibration": calibration,
+        "matrix": _confusion(run.results["confusion_matrix"]),
+        "worst": classes[:highlighted],
+        "other_classes": len(classes[highlighted:]),
+        "precision_recall": figures.precision_recall(
+            run.logits, run.labels, classes=classes, highlighted=highlighted
+        ),
+        "reliability": figures.reliability(
+            run.logits, run.labels, temperature=calibration["temperature"]
+        ),
+        "confidence_counts": figures.confidence_counts(calibration["reliability"]),
+        "galleries": _galleries(run, gallery_images),
+    }
 
 
 def render(template: str, **context: Any) -> str:

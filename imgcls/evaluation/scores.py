@@ -8,8 +8,40 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import log_softmax, softmax
 
+from imgcls.task import Classification, Task
+
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 TEMPERATURE_BOUNDS = (0.05, 20.0)
+
+
+def score(
+    task: Task,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict:
+    """What results.json says of a split: of a classification `evaluate_logits`, else the means of
+    the task's figures.
+
+    Args:
+        task: of the run.
+        logits: float32[N, K].
+        labels: int32[N], or float32[N, K] where the task has such.
+        class_names: the K names.
+        validation: logits and labels on which a classification's temperature is fitted.
+
+    Raises:
+        ValueError: as `evaluate_logits`.
+    """
+    if isinstance(task, Classification) and labels.ndim == 1:
+        temperature = fit_temperature(*validation) if validation else None
+        return evaluate_logits(logits, labels, class_names, temperature=temperature)
+    figures = task.figures(logits, task.targets(labels, len(class_names)), train=False)
+    means = {name: float(np.asarray(x, np.float64).mean()) for name, x in figures.items()}
+    if not np.isfinite(list(means.values())).all():
+        raise ValueError(f"the figures are not finite: {means}")
+    return {"examples": len(labels), **means}
 
 
 def evaluate_logits(

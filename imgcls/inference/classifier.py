@@ -1,46 +1,37 @@
 """A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from imgcls import experiment
 from imgcls.data.images import fit_image
 from imgcls.data.splits import Split, eval_order
-from imgcls.parallel import make_mesh, put_batch, replicated
+from imgcls.experiment import Experiment, load_config
+from imgcls.parallel import put_batch
 from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import progress
-from imgcls.state import TrainState, create_state
-from imgcls.steps import predict_step
+from imgcls.state import TrainState
 
 
 class Classifier:
     """A model with its parameters and its preprocessing.
 
     Attributes:
+        experiment: what the run's config names.
         config: of the run.
         class_names: by index.
         state: of training; `state.step` tells which checkpoint.
-        meta: what the run saved beside the state.
+        meta: what the run saved with the state.
     """
 
-    def __init__(self, config: ConfigDict, model: Any, state: TrainState, meta: dict[str, Any]):
-        self.config, self.model, self.state, self.meta = config, model, state, meta
-        self.class_names = tuple(meta["class_names"])
-        self.preprocess = experiment.build_preprocess(config)
-        self.mesh = make_mesh()
-        self._predict = jax.jit(
-            partial(predict_step, model=model, preprocess=self.preprocess),
-            out_shardings=replicated(self.mesh),
-            compiler_options=machine.compiler_options(),
-        )
+    def __init__(self, experiment: Experiment, state: TrainState, meta: dict[str, Any]):
+        self.experiment, self.state, self.meta = experiment, state, meta
+        self.config, self.class_names = experiment.config, experiment.class_names
+        self._predict = experiment.jit_predict_step()
 
     def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """Probabilities float32[N, K] of images uint8[N, h, w, C], or a sequence of uint8[h, w, C].
@@ -59,7 +50,7 @@ class Classifier:
         zeros = np.zeros(len(fitted), np.int32)
         split = Split("images", fitted, zeros, range(len(fitted)), self.class_names)
         rows = [np.zeros((0, len(self.class_names)), np.float32), *self._batches(split)]
-        return np.asarray(jax.nn.softmax(np.concatenate(rows)))
+        return np.asarray(self.experiment.task.probabilities(np.concatenate(rows)))
 
     def logits(self, split: Split, *, poll: Callable[[], None] = lambda: None) -> np.ndarray:
         """Logits float32[N, K] of a split's examples, in order; `poll` runs before each batch."""
@@ -76,10 +67,10 @@ class Classifier:
         # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
         devices = jax.device_count()
         enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
-        batch_size = min(self.config.eval.batch_size, enough)
+        batch_size = min(self.experiment.eval_batch_size, enough)
         for indices in eval_order(len(split), batch_size=batch_size):
             poll()
-            images = put_batch(split.read, indices, self.mesh)["image"]
+            images = put_batch(split.read, indices, self.experiment.mesh)["image"]
             yield np.asarray(self._predict(self.state, images))[: int((indices >= 0).sum())]
 
 
@@ -95,24 +86,11 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     """
     workdir = Path(workdir)
     machine.start()
-    config = experiment.load_config(workdir)
+    config = load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
     meta = checkpoints.read_meta(step)
-    kernels = meta["cpu_kernels"] and machine.choose_cpu_kernels(config)
-    model = experiment.build_model(config, len(meta["class_names"]), cpu_kernels=kernels)
-    state, meta = checkpoints.restore(step, state_target(config, model))
-    return Classifier(config, model, state, meta)
-
-
-def state_target(config: ConfigDict, model: Any) -> TrainState:
-    """The shapes, dtypes and places of the arrays of a run's state."""
-    # Only the shape of the optimiser's state matters here, and no schedule changes that.
-    tx = experiment.build_optimizer(config, lambda step: config.optim.learning_rate)
-    create = partial(create_state, model=model, tx=tx, ema=config.optim.ema_decay > 0)
-    sample = jnp.zeros((1, *config.data.image_size, config.data.channels))
-    everywhere = replicated(make_mesh())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(create, jax.random.key(0), sample),
-    )
+    experiment = Experiment(config, class_names=meta["class_names"])
+    experiment.cpu_kernels = experiment.cpu_kernels and meta["cpu_kernels"]
+    state, meta = checkpoints.restore(step, experiment.state_target())
+    return Classifier(experiment, state, meta)

@@ -32,6 +32,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from imgcls import experiment
+from imgcls.config import to_json
 from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
 from imgcls.inference.classifier import Classifier, load
@@ -51,14 +52,16 @@ class FloatModel:
         config = copy.deepcopy(classifier.config)
         config.model.dtype = "float32"
         self._model = experiment.build_model(config, len(self.class_names))
-        self._preprocess = classifier.preprocess
+        self._preprocess = classifier.experiment.preprocess
+        self._task = classifier.experiment.task
         self.variables = jax.device_get(classifier.state.eval_variables)
         shape = ", ".join(map(str, ("n", *config.data.image_size, config.data.channels)))
         self.images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), np.uint8)
 
     def apply(self, variables: Any, images: jax.Array) -> jax.Array:
         """Probabilities float32[N, K] of images uint8[N, H, W, C]."""
-        return jax.nn.softmax(self._model.apply(variables, self._preprocess(images), train=False))
+        logits = self._model.apply(variables, self._preprocess(images), train=False)
+        return self._task.probabilities(logits)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.apply(self.variables, images)
@@ -91,7 +94,7 @@ def load_onnx(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
 
 def to_safetensors(model: FloatModel) -> bytes:
     metadata = {
-        "config": json.dumps(experiment.to_json(model.config)),
+        "config": json.dumps(to_json(model.config)),
         "class_names": json.dumps(model.class_names),
     }
     return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)

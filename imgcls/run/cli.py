@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from imgcls.errors import ImgclsError, UserError, out_of_memory
+from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory
 from imgcls.run import signals
 from imgcls.run.logs import say
 
@@ -96,10 +96,19 @@ def _except_tensorstore(unraisable: Any) -> None:
 def _parse(module: ModuleType, argv: list[str]) -> list[str]:
     if HELP & set(argv):
         own = (flags.FLAGS.module_help(name) for name in (module.__name__, __name__))
-        say("\n".join([module.__doc__ or "", *own]))
+        more = module.more_help(argv) if hasattr(module, "more_help") else ""
+        say("\n".join([module.__doc__ or "", *own, more]))
         raise SystemExit(0)
     try:
+        if hasattr(module, "check_flags"):
+            module.check_flags(argv)
         return flags.FLAGS(argv)[1:]
+    except UserError:
+        raise
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in flags.FLAGS if flags.FLAGS[name].help is not None]
+        near = did_you_mean(error.flagname, known, prefix="--") or "see --help"
+        raise UserError(f"there is no flag --{error.flagname}: {near}") from error
     except Exception as error:  # a flag, or anything that the user's config file raises
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
         kind = "" if isinstance(error, flags.Error | KeyError | AttributeError) else "config: "

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from tqdm import tqdm
 
 from imgcls.parallel import is_main
 from imgcls.run.events import EventWriter
+
+# What each row of metrics.jsonl has beside the figures of the task.
+ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
 
 
 def say(text: str) -> None:
@@ -52,7 +56,7 @@ class MetricWindow:
     """
 
     def __init__(self, sums: dict[str, float] | None = None, bad_steps: list[int] | None = None):
-        self.sums = dict(sums or dict.fromkeys(("loss", "correct", "count"), 0.0))
+        self.sums = dict(sums or {})
         self.bad_steps = list(bad_steps or [])  # steps whose loss or gradient was not finite
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -71,19 +75,60 @@ class MetricWindow:
         for step, metrics in zip([s for s, _ in pending], jax.device_get([m for _, m in pending])):
             if metrics["bad"]:
                 self.bad_steps.append(step)
-            for key in ("loss", "correct", "count"):
-                self.sums[key] += float(metrics[key])
+            add_sums(self.sums, {key: x for key, x in metrics.items() if key != "bad"})
         return self.sums
 
     def clear(self) -> None:
         """Starts the next window."""
-        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.sums = {}
 
 
-def mean_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    """{"loss", "top1"} from sums; NaN where nothing was counted."""
-    count = float(sums["count"]) or math.nan
-    return {"loss": float(sums["loss"]) / count, "top1": float(sums["correct"]) / count}
+def add_sums(sums: dict[str, float], metrics: dict[str, Any]) -> None:
+    for key, value in metrics.items():
+        sums[key] = sums.get(key, 0.0) + float(value)
+
+
+def mean_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """The means of all sums but "count", which divides them; NaN where nothing was counted."""
+    count = sums["count"] or math.nan
+    return {key: value / count for key, value in sums.items() if key != "count"}
+
+
+def figures_of(row: dict[str, Any]) -> list[str]:
+    """The names of a row's means: what the task counts."""
+    return [key for key in row if key not in ROW_KEYS]
+
+
+class Clock:
+    """Seconds of the whole run and of its training; steps and seconds since the last log line."""
+
+    def __init__(self, seconds: float, train_seconds: float):
+        self._before, self._started = seconds, time.perf_counter()
+        self.train_seconds, self._mark = train_seconds, self._started
+        self.steps, self._since = 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def lap(self) -> None:
+        """Counts the time since the last lap or pause as training."""
+        spent = self.pause()
+        self.train_seconds += spent
+        self._since += spent
+
+    def pause(self) -> float:
+        """Returns the time since the last lap or pause, which was not training."""
+        now = time.perf_counter()
+        spent, self._mark = now - self._mark, now
+        return spent
+
+    def steps_per_second(self) -> float:
+        """Of the training since the last call."""
+        self.lap()
+        rate = self.steps / self._since
+        self.steps, self._since = 0, 0.0
+        return rate
 
 
 class MetricWriter:

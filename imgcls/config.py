@@ -1,0 +1,356 @@
+"""The keys of a config: default, rule and meaning of each, in one place.
+
+A config file returns `default_config(model=..., optimizer=...)` with what its experiment chooses
+otherwise. The fields of a model or a task and the keywords of an optimiser or an augmentation are
+keys, too: their defaults are read from its signature, their meanings from its docstring.
+"""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from imgcls import augment, optim
+from imgcls.errors import UserError, did_you_mean
+from imgcls.models import MODELS
+from imgcls.models.resnet import STAGES
+from imgcls.task import TASKS
+
+
+class Rule(NamedTuple):
+    kind: type
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+class Key(NamedTuple):
+    default: Any
+    rule: Rule
+    meaning: str
+    harmless: bool = False  # it changes no result: the runs of one workdir may differ in it
+
+
+def _one_of(names: Iterable[str]) -> Rule:
+    return Rule(str, lambda x: x in names, f"one of {', '.join(names)}")
+
+
+TEXT = Rule(str, lambda x: True, "text")
+NAME = Rule(str, bool, "a name")
+COUNT = Rule(int, lambda x: x >= 1, "a whole number of at least 1")
+COUNT_OR_ZERO = Rule(int, lambda x: x >= 0, "a whole number of at least 0")
+POSITIVE = Rule(float, lambda x: 0 < x < math.inf, "a number over 0")
+NOT_NEGATIVE = Rule(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+FRACTION = Rule(float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
+FLAG = Rule(bool, lambda x: True, "True or False")
+COUNTS = Rule(tuple, lambda x: all(type(n) is int and n > 0 for n in x), "positive integers, (,)")
+SIZE = Rule(tuple, lambda x: len(x) == 2 and COUNTS.accepts(x), "(height, width)")
+SIZE_OR_NONE = Rule(tuple, lambda x: x == () or SIZE.accepts(x), "(height, width), or ()")
+CHANNELS = Rule(
+    tuple,
+    lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
+    "a number for each channel, as a tuple",
+)
+SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
+
+KEYS = {
+    "seed": Key(0, COUNT_OR_ZERO, "of all randomness and of the order of examples"),
+    "data.name": Key("digits", NAME, "digits, image_folder, or any TFDS dataset"),
+    "data.dir": Key(
+        "", TEXT, "folder of images; of TFDS's datasets (empty: TFDS_DATA_DIR)", harmless=True
+    ),
+    "data.train": Key("train", SPLIT, "split string of the training examples"),
+    "data.validation": Key("", TEXT, "split string to make choices on; empty: none"),
+    "data.test": Key("test", SPLIT, "split string that is opened once, at the end"),
+    "data.image_size": Key((32, 32), SIZE, "(height, width) in pixels, of the model's input"),
+    "data.channels": Key(3, Rule(int, lambda x: x in (1, 3), "1 or 3"), "1 (gray) or 3 (RGB)"),
+    "data.resize": Key(
+        "squash", _one_of(("squash", "crop")), "squash the whole image, or crop its centre"
+    ),
+    "data.mean": Key((0.5, 0.5, 0.5), CHANNELS, "of training images in [0, 1], per channel"),
+    "data.std": Key(
+        (0.25, 0.25, 0.25),
+        Rule(tuple, lambda x: CHANNELS.accepts(x) and all(n > 0 for n in x), CHANNELS.expected),
+        "standard deviation of training images in [0, 1], per channel",
+    ),
+    "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have"),
+    "data.follow_links": Key(True, FLAG, "follow symbolic links in a folder of images"),
+    "data.alternate_flip": Key(False, FLAG, "mirror each image in every second epoch"),
+    "task.name": Key("classification", _one_of(TASKS), "the objective"),
+    "model.name": Key("cnn", _one_of(MODELS), "the architecture, which has keys of its own"),
+    "model.dtype": Key(
+        "float32",
+        _one_of(("float32", "bfloat16")),
+        "of the computation; bfloat16 only where the device has it",
+    ),
+    "model.matmul_precision": Key(
+        "default",
+        _one_of(("default", "high", "highest")),
+        "of float32 products on GPUs and TPUs",
+    ),
+    "model.cpu_kernels": Key(
+        "auto", _one_of(("auto", "off")), "faster operations on x86 CPUs; off: plain XLA", True
+    ),
+    "optim.name": Key("adamw", _one_of(optim.OPTIMIZERS), "the optimiser, which has own keys"),
+    "optim.learning_rate": Key(0.001, POSITIVE, "the peak, for a whole batch"),
+    "optim.schedule": Key("cosine", _one_of(optim.SCHEDULES), "after the warmup"),
+    "optim.warmup_epochs": Key(0.0, NOT_NEGATIVE, "epochs of linear rise from 0"),
+    "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "bound on the gradient's global norm; 0: none"),
+    "optim.ema_decay": Key(0.0, FRACTION, "of the average of parameters, per step; 0: none"),
+    "train.batch_size": Key(128, COUNT, "images per step, on all devices together"),
+    "train.accumulate_steps": Key(1, COUNT, "parts of a batch computed one after the other"),
+    "train.epochs": Key(10, COUNT, "passes over the training examples"),
+    "train.small_epochs": Key(0.0, NOT_NEGATIVE, "first epochs that train on smaller images"),
+    "train.small_image_size": Key((), SIZE_OR_NONE, "(height, width) in those epochs"),
+    "train.log_every_steps": Key(20, COUNT, "steps between two log lines", True),
+    "train.validate_every_epochs": Key(1, COUNT, "epochs between two validations"),
+    "train.checkpoint_every_epochs": Key(1, COUNT, "epochs between two checkpoints", True),
+    "train.max_bad_steps": Key(0, COUNT_OR_ZERO, "steps to skip whose loss is not finite"),
+    "eval.batch_size": Key(512, COUNT, "images per step of evaluation and prediction", True),
+    "eval.checkpoint": Key("latest", _one_of(("latest", "best")), "the one to evaluate on test"),
+}
+
+# What a component is given, and so is no key of a config.
+GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
+# Rules of components' own keys. The type of its default decides about any other.
+OWN_RULES = {
+    "model.dropout_rate": FRACTION,
+    "model.norm_momentum": FRACTION,
+    "optim.momentum": FRACTION,
+    "resnet.depth": Rule(int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
+    "resnet.stem": _one_of(("cifar", "imagenet")),
+    "wide_resnet.depth": Rule(int, lambda x: x >= 10 and x % 6 == 4, "6 n + 4, such as 16 or 28"),
+    "task.label_smoothing": FRACTION,
+    "task.class_weights": _one_of(("none", "balanced")),
+}
+BY_TYPE = {bool: FLAG, int: COUNT, float: NOT_NEGATIVE, tuple: COUNTS, str: TEXT}
+
+# Old key -> today's, for the configs of older runs.
+RENAMED = {
+    "optim.label_smoothing": "task.label_smoothing",
+    "train.early_epochs": "train.small_epochs",
+    "train.early_image_size": "train.small_image_size",
+}
+
+
+def default_config(
+    model: str = "cnn", optimizer: str = "adamw", task: str = "classification"
+) -> ConfigDict:
+    """Every key that a config with these components has, at its default; locked.
+
+    Args:
+        model: a name of `MODELS`, which a depth may follow: "resnet50".
+        optimizer: a name of `OPTIMIZERS`.
+        task: a name of `TASKS`.
+    """
+    chosen = {"model.name": model, "optim.name": optimizer, "task.name": task}
+    if model not in MODELS and (match := re.fullmatch(r"(\w+?)(\d+)", model)):
+        chosen |= {"model.name": match[1], "model.depth": int(match[2])}
+    keys = _keys(chosen)
+    return _nested({key: chosen.get(key, keys[key].default) for key in keys})
+
+
+def _keys(flat: dict[str, Any]) -> dict[str, Key]:
+    """The keys of a config with the model, optimiser and task that `flat` names."""
+    keys = dict(KEYS)
+    for section, table in (("task", TASKS), ("model", MODELS), ("optim", optim.OPTIMIZERS)):
+        name = flat.get(f"{section}.name")
+        _check(f"{section}.name", name, KEYS[f"{section}.name"].rule)
+        keys |= _own_keys(section, name, table[name])
+    for name, function in augment.AUGMENTATIONS.items():
+        meaning = inspect.getdoc(function).partition("\n")[0]
+        off = 0 if name.endswith("_pixels") else 0.0
+        keys[f"augment.{name}"] = Key(off, NOT_NEGATIVE, meaning)
+        keys |= _own_keys("augment", name, function)
+    order = list(dict.fromkeys(key.partition(".")[0] for key in (*KEYS, "augment.")))
+    return dict(sorted(keys.items(), key=lambda item: order.index(item[0].partition(".")[0])))
+
+
+def _own_keys(section: str, name: str, component: Callable) -> dict[str, Key]:
+    meanings = dict(re.findall(r"^ +(\w+): (.+)", inspect.getdoc(component) or "", re.M))
+    keys = {}
+    for p in inspect.signature(component).parameters.values():
+        if p.default is not p.empty and p.name not in GIVEN:
+            rule = OWN_RULES.get(f"{name}.{p.name}", OWN_RULES.get(f"{section}.{p.name}"))
+            rule = rule or BY_TYPE[type(p.default)]
+            keys[f"{section}.{p.name}"] = Key(p.default, rule, meanings.get(p.name, ""))
+    return keys
+
+
+def own_values(config: ConfigDict, section: str, component: Callable) -> dict[str, Any]:
+    """The values of a component's own keys, to call it with."""
+    return {
+        key.partition(".")[2]: config[section][key.partition(".")[2]]
+        for key in _own_keys(section, config[section].get("name", ""), component)
+    }
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first key that is missing, unknown or out of its range."""
+    flat = flatten(config)
+    keys = _keys(flat)
+    for key in [*flat, *keys]:
+        if key not in keys or key not in flat:
+            raise UserError(_wrong_key(key, flat, keys))
+    for key, value in flat.items():
+        _check(key, value, keys[key].rule)
+    augment.compose(**config.augment)
+    for key in ("data.mean", "data.std"):
+        if len(flat[key]) != flat["data.channels"]:
+            raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
+    if flat["eval.checkpoint"] == "best" and not flat["data.validation"]:
+        raise UserError("config.eval.checkpoint=best needs a config.data.validation to be best on")
+    for key in ("optim.warmup_epochs", "train.small_epochs"):
+        if flat[key] > flat["train.epochs"]:
+            raise UserError(
+                f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
+            )
+    if flat["data.alternate_flip"] and flat["augment.flip_probability"]:
+        raise UserError(
+            "config.data.alternate_flip takes the place of random flips: set "
+            "config.augment.flip_probability=0.0, or alternate_flip=False"
+        )
+    if flat["train.small_epochs"]:
+        if not flat["train.small_image_size"]:
+            raise UserError("config.train.small_epochs needs a config.train.small_image_size")
+        if flat["model.name"] == "mlp":
+            raise UserError("config.train.small_epochs must be 0: an mlp is made for one size")
+    if flat["model.name"] == "cnn":
+        _check_pooling(flat)
+
+
+def _check(key: str, value: Any, rule: Rule) -> None:
+    right_type = isinstance(value, rule.kind) or (rule.kind is float and type(value) is int)
+    if not right_type or (type(value) is bool) != (rule.kind is bool) or not rule.accepts(value):
+        raise UserError(f"config.{key}={value!r} must be {rule.expected}")
+
+
+def _check_pooling(flat: dict[str, Any]) -> None:
+    sizes = ["data.image_size", *(["train.small_image_size"] if flat["train.small_epochs"] else [])]
+    blocks = len(flat["model.widths"])
+    smaller = flat["model.whiten"] and not flat["model.pad_whitening"]
+    for key in sizes:
+        if min(flat[key]) - smaller < 2**blocks:
+            raise UserError(
+                f"config.model.widths={flat['model.widths']} halves the image {blocks} times, too "
+                f"often for config.{key}={flat[key]}"
+            )
+
+
+def _wrong_key(key: str, flat: dict[str, Any], keys: dict[str, Key]) -> str:
+    """What to say of a key that should not be there, or is missing."""
+    section = key.partition(".")[0]
+    own = [k for k in keys if k.startswith(f"{section}.") and k not in KEYS]
+    if section in ("model", "optim", "task") and any(k not in flat for k in own):
+        name, part = flat[f"{section}.name"], {"optim": "optimizer"}.get(section, section)
+        shown = ", ".join(k.partition(".")[2] for k in own)
+        how = f'default_config({part}="{name}") in the config file'
+        if section == "model":
+            how = f"--config=FILE.py:{name} where the config offers it, or {how}"
+        return (
+            f"config.{section}.name={name} has keys that this config lacks ({shown}): choose it "
+            f"with {how}"
+        )
+    if key not in keys:
+        return f"config.{key} is not a key of this config: {_nearest(key, keys)}"
+    return f"config.{key} is missing: it must be {keys[key].rule.expected}"
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str:
+    if key in RENAMED:
+        return f"it is called config.{RENAMED[key]} now"
+    last = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    section = [k for k in keys if k.partition(".")[0] == key.partition(".")[0]]
+    near = did_you_mean(key, last or keys, prefix="config.")
+    return near or f"there are {', '.join(section or keys)}"
+
+
+def explain_flag(name: str, config: ConfigDict) -> str:
+    """What to say of a flag `--name` that does not exist beside a config."""
+    keys = flatten(config)
+    if name.startswith("config."):
+        key = name.removeprefix("config.")
+        return "" if key in keys else f"{name} is not a key of this config: {_nearest(key, keys)}"
+    found = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    return (
+        f"there is no flag --{name}: {did_you_mean(name, found, prefix='--config.')}"
+        if found
+        else ""
+    )
+
+
+def describe(config: ConfigDict) -> str:
+    """A line per key, for --help: the flag with its value, and what it means."""
+    flat = flatten(config)
+    lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in _keys(flat).items()]
+    width = min(48, max(len(flag) for flag, _ in lines))
+    return "\n".join(f"{flag:{width}}  {meaning}".rstrip() for flag, meaning in lines)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.learning_rate": 0.1, ...}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> ConfigDict:
+    config = ConfigDict()
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[name] = value
+    return config.lock()
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types: what is saved, and what saved configs are compared with."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(saved: dict[str, Any]) -> ConfigDict:
+    """The config of a run, completed if it is of an older version of this code; validated.
+
+    A key that it lacks gets the default, which is what the older code did. The keys of other
+    optimisers, which older configs had, are left out.
+    """
+    flat = {RENAMED.get(key, key): _tuples(value) for key, value in flatten(saved).items()}
+    keys = _keys({"task.name": "classification"} | flat)
+    foreign = {
+        f"optim.{k}" for f in optim.OPTIMIZERS.values() for k in inspect.signature(f).parameters
+    }
+    flat = {key: value for key, value in flat.items() if key in keys or key not in foreign}
+    config = _nested({key: entry.default for key, entry in keys.items()} | flat)
+    validate(config)
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def check_resumable(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError where a config would not continue the run that a workdir holds."""
+    old, new = flatten(to_json(saved)), flatten(to_json(config))
+    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    differing -= {key for key, entry in KEYS.items() if entry.harmless}
+    if differing == {"train.epochs"} and new["train.epochs"] > old["train.epochs"]:
+        if new["optim.schedule"] == "constant":
+            return
+        raise UserError(
+            f"{workdir} was trained for config.train.epochs={old['train.epochs']} with the "
+            f"{new['optim.schedule']} schedule, which depends on it: more epochs would be another "
+            "run; use another --workdir (with the constant schedule they can be added)"
+        )
+    if differing:
+        shown = ", ".join(f"{k}={new.get(k)!r} (was {old.get(k)!r})" for k in sorted(differing))
+        raise UserError(f"{workdir} holds a run of another config: {shown}; use another --workdir")
