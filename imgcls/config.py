@@ -9,7 +9,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+import runpy
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,13 +151,13 @@ def default_config(
     chosen = {"model.name": model, "optim.name": optimizer, "task.name": task}
     if model not in MODELS and (match := re.fullmatch(r"(\w+?)(\d+)", model)):
         chosen |= {"model.name": match[1], "model.depth": int(match[2])}
-    keys = _keys(chosen)
+    keys = keys_of(chosen)
     return _nested({key: chosen.get(key, keys[key].default) for key in keys})
 
 
-def _keys(flat: dict[str, Any]) -> dict[str, Key]:
-    """The keys of a config with the model, optimiser and task that `flat` names."""
-    keys = dict(KEYS)
+def keys_of(config: Any) -> dict[str, Key]:
+    """The keys of a config, flat or not, with the model, optimiser and task that it names."""
+    keys, flat = dict(KEYS), flatten(config)
     for section, table in (("task", TASKS), ("model", MODELS), ("optim", optim.OPTIMIZERS)):
         name = flat.get(f"{section}.name")
         _check(f"{section}.name", name, KEYS[f"{section}.name"].rule)
@@ -192,7 +193,7 @@ def own_values(config: ConfigDict, section: str, component: Callable) -> dict[st
 def validate(config: ConfigDict) -> None:
     """Raises UserError for the first key that is missing, unknown or out of its range."""
     flat = flatten(config)
-    keys = _keys(flat)
+    keys = keys_of(flat)
     for key in [*flat, *keys]:
         if key not in keys or key not in flat:
             raise UserError(_wrong_key(key, flat, keys))
@@ -269,24 +270,51 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     return near or f"there are {', '.join(section or keys)}"
 
 
-def explain_flag(name: str, config: ConfigDict) -> str:
-    """What to say of a flag `--name` that does not exist beside a config."""
-    keys = flatten(config)
-    if name.startswith("config."):
-        key = name.removeprefix("config.")
-        return "" if key in keys else f"{name} is not a key of this config: {_nearest(key, keys)}"
-    found = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    return (
-        f"there is no flag --{name}: {did_you_mean(name, found, prefix='--config.')}"
-        if found
-        else ""
-    )
+def from_arguments(argv: list[str]) -> ConfigDict | None:
+    """The config that --config=FILE or --config=FILE:MODEL names, before flags set its keys.
+
+    Raises UserError where there is no such file, or where it offers no choice of a model.
+    """
+    given = [argument for argument in argv if re.match("--?config=", argument)]
+    if not given:
+        return None
+    path, _, model = given[-1].partition("=")[2].partition(":")
+    if not Path(path).is_file():
+        there = [str(file) for file in Path(path).parent.glob("*.py")]
+        near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
+        raise UserError(f"--config={path} does not exist: {near}")
+    try:
+        return runpy.run_path(path)["get_config"](*([model] if model else []))
+    except TypeError as error:
+        if model and "positional argument" in str(error):
+            raise UserError(f"{path} offers no choice of a model: leave :{model} away") from None
+        raise
 
 
-def describe(config: ConfigDict) -> str:
-    """A line per key, for --help: the flag with its value, and what it means."""
+def check_flags(argv: list[str], known: Container[str]) -> None:
+    """Raises UserError for a flag that is neither known nor a key, where a key is near."""
+    config = from_arguments(argv)
+    keys = {} if config is None else flatten(config)
+    for argument in argv if keys else []:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("--") or name in known:
+            continue
+        if name.startswith("config."):
+            key = name.removeprefix("config.")
+            if key not in keys:
+                raise UserError(f"{name} is not a key of this config: {_nearest(key, keys)}")
+        elif found := [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]:
+            near = did_you_mean(name, found, prefix="--config.")
+            raise UserError(f"there is no flag --{name}: {near}")
+
+
+def describe(argv: list[str]) -> str:
+    """For --help: a line per key of the config that is named, with its value and its meaning."""
+    config = from_arguments(argv)
+    if config is None:
+        return "With --config=FILE, --help lists every key of that config."
     flat = flatten(config)
-    lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in _keys(flat).items()]
+    lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in keys_of(flat).items()]
     width = min(48, max(len(flag) for flag, _ in lines))
     return "\n".join(f"{flag:{width}}  {meaning}".rstrip() for flag, meaning in lines)
 
@@ -324,7 +352,7 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     optimisers, which older configs had, are left out.
     """
     flat = {RENAMED.get(key, key): _tuples(value) for key, value in flatten(saved).items()}
-    keys = _keys({"task.name": "classification"} | flat)
+    keys = keys_of({"task.name": "classification"} | flat)
     foreign = {
         f"optim.{k}" for f in optim.OPTIMIZERS.values() for k in inspect.signature(f).parameters
     }

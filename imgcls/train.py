@@ -8,8 +8,6 @@ wrong; 3 training diverged; 4 checkpoint trouble; 130 and 143 stopped by Ctrl-C 
 On several machines, or as several processes: see their flags below.
 """
 
-import re
-import runpy
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from imgcls import config as configs
 from imgcls.data.splits import Split
-from imgcls.errors import CheckpointError, DivergedError, UserError, did_you_mean
+from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
@@ -385,38 +383,11 @@ def define_flags() -> None:
 
 
 def check_flags(argv: list[str]) -> None:
-    """Raises UserError for a config file or a key of a config that does not exist."""
-    config = _config_of(argv)
-    names = [argument.lstrip("-").partition("=")[0] for argument in argv if argument[:2] == "--"]
-    for name in names:
-        known = config is None or name in flags.FLAGS
-        if not known and (text := configs.explain_flag(name, config)):
-            raise UserError(text)
+    configs.check_flags(argv, known=flags.FLAGS)
 
 
 def more_help(argv: list[str]) -> str:
-    """Every key of the config that is named."""
-    config = _config_of(argv)
-    hint = "With --config=FILE, --help lists every key of that config."
-    return hint if config is None else f"Keys of this config:\n{configs.describe(config)}"
-
-
-def _config_of(argv: list[str]) -> ConfigDict | None:
-    """The config that the arguments name, if any, before its keys are set."""
-    given = [argument for argument in argv if re.match("--?config=", argument)]
-    if not given:
-        return None
-    path, _, argument = given[-1].partition("=")[2].partition(":")
-    if not Path(path).is_file():
-        there = [str(file) for file in Path(path).parent.glob("*.py")]
-        near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
-        raise UserError(f"--config={path} does not exist: {near}")
-    try:
-        return runpy.run_path(path)["get_config"](*([argument] if argument else []))
-    except TypeError as error:
-        if argument and "positional argument" in str(error):
-            raise UserError(f"{path} offers no choice of a model: leave :{argument} away") from None
-        raise
+    return configs.describe(argv)
 
 
 def main(_: list[str]) -> None:

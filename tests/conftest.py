@@ -21,20 +21,20 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from imgcls.config import default_config, flatten
+
 jax.config.update("jax_num_cpu_devices", 4)
 
 ROOT = Path(__file__).parents[1]
 
 
-def small_config(**overrides) -> ConfigDict:
+def small_config(model: str = "cnn", **overrides) -> ConfigDict:
     """The digits config, a few steps of it; overrides are dotted keys with __ for the dot."""
     config = importlib.import_module("configs.digits").get_config()
     settings = {
         "data__train": "train[:200]",
         "data__validation": "train[200:290]",
         "data__test": "test[:50]",
-        "model__widths": (8,),
-        "model__dense_widths": (16,),
         "train__batch_size": 40,
         "train__epochs": 2,
         "train__log_every_steps": 3,
@@ -42,6 +42,11 @@ def small_config(**overrides) -> ConfigDict:
         "train__checkpoint_every_epochs": 1,
         "eval__batch_size": 60,
     }
+    if model == "cnn":
+        settings |= {"model__widths": (8,), "model__dense_widths": (16,)}
+    else:
+        with config.unlocked():
+            config.model = default_config(model).model
     for key, value in (settings | overrides).items():
         section, name = key.split("__") if "__" in key else (None, key)
         (config[section] if section else config)[name] = value
@@ -50,8 +55,6 @@ def small_config(**overrides) -> ConfigDict:
 
 def flags_of(config: ConfigDict) -> list[str]:
     """The command line that makes the digits config into this one."""
-    from imgcls.experiment import flatten
-
     default = flatten(importlib.import_module("configs.digits").get_config())
     return [f"--config.{k}={v}" for k, v in flatten(config).items() if default[k] != v]
 

@@ -32,7 +32,9 @@ def write_run(
     names = class_names or [f"class {k}" for k in range(logits.shape[1])]
     workdir.mkdir(parents=True, exist_ok=True)
     scores = evaluate_logits(logits, labels, names, temperature=temperature)
-    (workdir / "results.json").write_text(json.dumps(scores | results, allow_nan=False))
+    (workdir / "results.json").write_text(
+        json.dumps({"class_names": list(names)} | scores | results, allow_nan=False)
+    )
     (workdir / "config.json").write_text(json.dumps(config or {"seed": 0, "data": {"name": "toy"}}))
     np.savez(
         workdir / "predictions.npz",

@@ -4,13 +4,13 @@ import runpy
 import sys
 import time
 
+from imgcls import train
 from imgcls.inference.classifier import Classifier
 from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
-from imgcls.train import _Run
 
 
-def slow_down(owner: type, name: str, seconds: float, when=lambda: True) -> None:
+def slow_down(owner, name: str, seconds: float, when=lambda: True) -> None:
     function = getattr(owner, name)
 
     def slowly(*args, **options):
@@ -24,7 +24,7 @@ def slow_down(owner: type, name: str, seconds: float, when=lambda: True) -> None
 
 where = sys.argv.pop(1)
 if where == "validation":
-    slow_down(_Run, "_validate", 2)
+    slow_down(train, "validate", 2)
 elif where == "save":
     slow_down(Checkpoints, "save", 2)
 elif where == "evaluation":

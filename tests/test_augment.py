@@ -1,3 +1,4 @@
+import zlib
 from functools import partial
 
 import jax
@@ -250,18 +251,42 @@ def test_mixup_and_cutmix_together_give_each_example_one_of_them():
 
 
 def test_compose_applies_in_the_order_of_the_registry_each_with_its_own_key():
-    names = ["cutout_pixels", "contrast", "translate_pixels", "flip_probability"]
-    composed = compose(saturation=0, **{name: STRENGTHS[name] for name in names})
+    names = ["flip_probability", "translate_pixels", "contrast", "cutout_pixels"]
+    composed = compose(saturation=0, **{name: STRENGTHS[name] for name in reversed(names)})
 
     def by_hand(rng, *examples):
-        for i, name in enumerate(AUGMENTATIONS):
-            if name in names:
-                rng_of_name = jax.random.fold_in(rng, i)
-                examples = AUGMENTATIONS[name](rng_of_name, *examples, STRENGTHS[name])
+        for name in names:
+            rng_of_name = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+            examples = AUGMENTATIONS[name](rng_of_name, *examples, STRENGTHS[name])
         return examples
 
+    assert names == [name for name in AUGMENTATIONS if name in names]
     got, want = jax.jit(lambda *args: (composed(*args), by_hand(*args)))(KEY, *examples())
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_new_augmentation_changes_no_other_s_draws(monkeypatch):
+    strengths = {name: STRENGTHS[name] for name in ("rotate_degrees", "brightness", "mixup_alpha")}
+    before = compose(**strengths)(KEY, *examples())
+    new = {"invert_probability": lambda rng, images, labels, probability: (images, labels)}
+    others = dict(reversed(AUGMENTATIONS.items()))
+    for name in others:
+        monkeypatch.delitem(AUGMENTATIONS, name)
+    AUGMENTATIONS.update(new | dict(reversed(others.items())))
+    after = compose(**strengths, invert_probability=1.0)(KEY, *examples())
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_an_augmentation_takes_keyword_arguments_of_its_own(monkeypatch):
+    def erase(rng, images, labels, probability, *, erase_value=0.5):
+        return jnp.full_like(images, erase_value), labels
+
+    monkeypatch.setitem(AUGMENTATIONS, "erase_probability", erase)
+    for own in ({}, {"erase_value": 0.25}):
+        images, _ = compose(erase_probability=1.0, **own)(KEY, *examples())
+        assert (images == own.get("erase_value", 0.5)).all()
+    with pytest.raises(UserError, match="erase_vale is unknown: did you mean erase_value"):
+        compose(erase_probability=1.0, erase_vale=1.0)
 
 
 def test_nothing_on_is_the_identity():
@@ -301,7 +326,7 @@ def test_pmap_equals_each_device_alone():
     ("strengths", "message"),
     [
         ({"rotate_degree": 5}, r"augment\.rotate_degree is unknown: did you mean rotate_degrees\?"),
-        ({"sharpness": 1}, r"augment\.sharpness is unknown: .*flip_probability, .*cutmix_alpha"),
+        ({"sharpness": 1}, r"augment\.sharpness is unknown: .*cutmix_alpha, .*flip_probability"),
         ({"flip_probability": 1.5}, r"augment\.flip_probability .* between 0 and 1, not 1\.5"),
         ({"rotate_degrees": -1}, r"augment\.rotate_degrees .* between 0 and 180, not -1"),
         ({"mixup_alpha": -0.1}, r"augment\.mixup_alpha .* at least 0, not -0\.1"),

@@ -1,9 +1,7 @@
-"""Rules of configs; every config that is shipped takes one step."""
+"""What an Experiment builds from a config."""
 
 import importlib
-import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,172 +10,79 @@ import optax
 import pytest
 
 from imgcls import cpu, experiment
+from imgcls.config import flatten, to_json
+from imgcls.data.sources import SOURCES
+from imgcls.data.splits import Split
 from imgcls.errors import UserError
-from imgcls.losses import cross_entropy
+from imgcls.experiment import Experiment, build_model, load_config
 from imgcls.models import resnet
-from imgcls.run import machine
 from imgcls.run.workdir import write_json
-from imgcls.state import create_state
-from imgcls.steps import train_step
-from tests.conftest import ROOT, small_config
+from imgcls.task import balanced_weights
+from tests.conftest import small_config
+from tests.test_config import CONFIGS
 
-RNG = jax.random.key(0)
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+def random_split(config, examples=4, classes=10):
+    rng, shape = np.random.default_rng(0), (*config.data.image_size, config.data.channels)
+    images = rng.integers(0, 256, (examples, *shape), np.uint8)
+    labels = np.arange(examples, dtype=np.int32) % classes
+    names = tuple(map(str, range(classes)))
+    return Split("random", images, labels, [str(i) for i in range(examples)], names)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_valid_and_takes_a_finite_step(name, monkeypatch):
+def test_every_config_takes_a_finite_step(name, monkeypatch):
     monkeypatch.setitem(resnet.STAGES, 18, ((1, 1, 1, 1), False))
     config = importlib.import_module(f"configs.{name}").get_config()
-    experiment.validate(config)
     config.model.dtype = "float32"
-    for key, few in (("widths", 8), ("dense_widths", 8)):
-        if key in config.model:
-            config.model[key] = (few,) * len(config.model[key])
-    model = experiment.build_model(config, 10)
-    tx = experiment.build_optimizer(config, experiment.build_schedule(config, steps_per_epoch=9))
-    shape = (2, *config.data.image_size, config.data.channels)
-    create = jax.jit(partial(create_state, model=model, tx=tx, ema=config.optim.ema_decay > 0))
-    state = create(jax.random.key(0), jnp.zeros(shape))
-    batch = {
-        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-        "label": np.array([3, 7], np.int32),
-        "mask": np.ones(2, bool),
-    }
-    step = partial(
-        train_step,
-        model=model,
-        tx=tx,
-        preprocess=experiment.build_preprocess(config),
-        augment=experiment.build_augment(config),
-        loss_fn=partial(cross_entropy, label_smoothing=config.optim.label_smoothing),
-        ema_decay=config.optim.ema_decay,
-    )
-    state, metrics = jax.jit(step)(state, batch, jax.random.key(1))
+    config.train.batch_size = 4
+    for key in {"widths", "dense_widths"}.intersection(config.model.keys()):
+        config.model[key] = (8,) * len(config.model[key])
+    exp = Experiment(config, splits={"train": random_split(config)})
+    state = exp.compile_init()()
+    train_step = exp.compile_train_step(state, small=exp.small_steps > 0)
+    state, metrics = train_step(state, exp.train_batch(0), exp.rng)
     assert metrics["bad"] == 0 and np.isfinite(metrics["loss"]) and state.step == 1
 
 
-def test_a_field_has_one_type_in_all_configs():
-    # A float where another config has an int: only one of the two takes --config.field=0.5.
-    types = {}
-    for name in CONFIGS:
-        config = importlib.import_module(f"configs.{name}").get_config()
-        for key, value in experiment.flatten(config).items():
-            types.setdefault(key, {}).setdefault(type(value), []).append(name)
-    assert {key: found for key, found in types.items() if len(found) > 1} == {}
+def test_without_augmentation_the_network_sees_the_images():
+    config = small_config(**{f"augment__{key}": 0 for key in small_config().augment})
+    exp = Experiment(config)
+    np.testing.assert_allclose(
+        exp.augmented_images(3), np.asarray(exp.train_batch(3)["image"]) / 255, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (
-            {"optim__learning_rate": float("nan")},
-            "config.optim.learning_rate=nan must be a number over 0",
-        ),
-        ({"train__batch_size": -8}, "config.train.batch_size=-8 must be a whole number"),
-        ({"train__batch_size": 42}, "multiple of the 4 devices"),
-        ({"data__image_size": (8, -8)}, "config.data.image_size"),
-        ({"data__image_size": (8,)}, "config.data.image_size"),
-        ({"data__mean": (0.1, 0.2)}, "one number for each of the channels"),
-        ({"data__std": (0.0,)}, "config.data.std"),
-        ({"data__std": ()}, "one number for each of the channels"),
-        ({"data__mean": ("half",)}, "config.data.mean"),
-        ({"data__mean": (np.float32(0.5),)}, "config.data.mean"),  # json has no such number
-        ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),
-        ({"model__widths": (8, 0)}, "config.model.widths"),
-        ({"model__dropout_rate": 1.0}, "config.model.dropout_rate"),
-        ({"optim__name": "sdg"}, "one of sgd, adamw, lion, muon"),
-        ({"optim__warmup_epochs": 3.0}, "more than config.train.epochs"),
-        ({"augment__flip_probability": 1.5}, "config.augment.flip_probability"),
-        (
-            {"augment__flip_probability": 0.5, "data__alternate_flip": True},
-            "config.data.alternate_flip takes the place",
-        ),
-        ({"augment__rotate_degrees": -1.0}, "config.augment.rotate_degrees"),
-        ({"data__validation": "", "eval__checkpoint": "best"}, "config.eval.checkpoint=best needs"),
-        ({"seed": -1}, "config.seed=-1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(overrides, message):
-    with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        experiment.validate(small_config(**overrides))
+@pytest.mark.parametrize("step", [0, 5])
+def test_the_images_shown_are_those_that_the_step_trains_on(step):
+    """A network of one linear layer, whose gradient of the bias-free kernel tells its images."""
+    config = small_config(train__small_epochs=1.0, train__small_image_size=(6, 4))
+    exp = Experiment(config)
+    small = step < exp.small_steps
+    assert exp.augmented_images(step).shape == (40, *((6, 4) if small else (8, 8)), 1)
+    seen = []
+
+    class Watched(exp.model.__class__):
+        def __call__(self, x, *, train):
+            jax.debug.callback(lambda x: seen.append(x), x)
+            return super().__call__(x, train=train)
+
+    exp.model = Watched(**{k: getattr(exp.model, k) for k in exp.model.__dataclass_fields__})
+    state = exp.compile_init()()
+    state = state.replace(step=jax.device_put(jnp.int32(step), exp.everywhere))
+    batch = exp.train_batch(step)
+    exp.compile_train_step(state, small=small)(state, batch, exp.rng)[1]["loss"].block_until_ready()
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen[-1], exp.preprocess(exp.augmented_images(step)), atol=1e-6)
 
 
-def test_a_missing_and_an_unknown_key_are_refused_by_name():
-    config = small_config().copy_and_resolve_references()
-    del config.optim.momentum
-    with pytest.raises(UserError, match=r"config\.optim\.momentum is missing"):
-        experiment.validate(config)
-    config = small_config()
-    config.optim.unlock()
-    config.optim.momentun = 0.9
-    with pytest.raises(UserError, match=r"momentun .* did you mean config\.optim\.momentum"):
-        experiment.validate(config)
-    config = small_config()
-    config.augment.unlock()
-    config.augment.rotate = 1.0
-    with pytest.raises(UserError, match="rotate"):
-        experiment.validate(config)
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        ({"name": "resnet", "depth": 101}, "model.depth=101 must be one of 18, 34, 50"),
-        ({"name": "resnet", "stem": "imagnet"}, "must be one of cifar, imagenet"),
-        ({"name": "wide_resnet", "depth": 20}, "model.depth=20 must be 6 n + 4"),
-        ({"name": "wide_resnet", "depth": 4}, "model.depth=4 must be 6 n + 4"),
-    ],
-)
-def test_a_network_that_nobody_made_is_refused(model, message):
-    config = small_config()
-    common = {key: config.model[key] for key in ("dtype", "matmul_precision", "cpu_kernels")}
-    fields = experiment._model_fields(model["name"])
-    config.model = common | fields | {"name": model["name"]}
-    experiment.validate(config)
-    config.model.update(model)
-    with pytest.raises(UserError, match=re.escape(message)):
-        experiment.validate(config)
-
-
-def test_without_an_augment_section_nothing_is_augmented():
-    config = small_config()
-    del config.augment
-    experiment.validate(config)
-    batch = {"image": np.arange(40 * 64, dtype=np.uint8).reshape(40, 8, 8, 1)}
-    batch["label"] = np.zeros(40, np.int32)
-    images = experiment.augmented_images(config, batch, 10)
-    np.testing.assert_allclose(images, batch["image"] / 255, atol=1e-6)
-
-
-def test_a_network_that_pools_more_often_than_the_image_allows_is_refused():
-    with pytest.raises(UserError, match="halves the image 4 times"):
-        experiment.build_model(small_config(model__widths=(4, 4, 4, 4)), 10)
-    early = small_config(train__early_epochs=1.0, train__early_image_size=(1, 1))
-    with pytest.raises(UserError, match=r"too often for config.train.early_image_size=\(1, 1\)"):
-        experiment.build_model(early, 10)
-    whitened = {"model__widths": (4, 4, 4), "model__whiten": True}  # 8x8 pixels
-    with pytest.raises(UserError, match="halves the image 3 times"):
-        experiment.build_model(small_config(**whitened), 10)
-    experiment.build_model(small_config(**whitened, model__pad_whitening=True), 10)
-
-
-def test_early_epochs_are_refused_where_they_cannot_be():
-    with pytest.raises(UserError, match=r"train.early_epochs=3.0 is more than config.train.epochs"):
-        experiment.validate(small_config(train__early_epochs=3.0))
-    config = small_config(train__early_epochs=1.0)
-    model = {key: config.model[key] for key in ("dtype", "matmul_precision", "cpu_kernels")}
-    config.model = {"name": "mlp", "dense_widths": (8,), "dropout_rate": 0.0, **model}
-    with pytest.raises(UserError, match="must be 0 for an mlp"):
-        experiment.validate(config)
-
-
-def test_only_the_early_steps_see_smaller_images():
-    config = small_config(train__early_epochs=1.0, train__early_image_size=(6, 4))
-    images, labels = jnp.ones((2, 8, 8, 1)), jnp.eye(2)
-    for early, size in ((True, (6, 4)), (False, (8, 8))):
-        augmented, _ = experiment.build_augment(config, early=early)(RNG, images, labels)
-        assert augmented.shape == (2, *size, 1)
+def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest_that_they_can():
+    with pytest.raises(
+        UserError, match="batch_size=42 must be a multiple of the 4 .*nearest is 40"
+    ):
+        Experiment(small_config(train__batch_size=42)).total_steps  # noqa: B018
+    # A trained model is used on any number of devices.
+    assert Experiment(small_config(train__batch_size=42), class_names=("a", "b")).model
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -187,27 +92,40 @@ def test_validation_must_not_share_examples(split):
         experiment.open_splits(small_config(**overrides), "train")
 
 
+def test_without_test_the_test_split_is_not_opened(monkeypatch):
+    opened = SOURCES["digits"]
+
+    class Sealed(type(opened(channels=1)["test"])):
+        def __getitem__(self, index):
+            raise UserError("the test split was opened")
+
+    def sealed(**options):
+        sources = opened(**options)
+        sources["test"].__class__ = Sealed
+        sources["test"].fingerprint = "sealed"  # not in the cache
+        return sources
+
+    monkeypatch.setitem(SOURCES, "digits", sealed)
+    with pytest.raises(UserError, match="was opened"):
+        Experiment(small_config()).splits  # noqa: B018
+    assert Experiment(small_config(), test=False).splits.keys() == {"train", "validation"}
+
+
 def test_a_config_survives_its_file(tmp_path):
     config = small_config()
-    write_json(tmp_path / "config.json", experiment.to_json(config))
-    loaded = experiment.load_config(tmp_path)
-    assert experiment.flatten(loaded) == experiment.flatten(config)
+    write_json(tmp_path / "config.json", to_json(config))
+    assert flatten(load_config(tmp_path)) == flatten(config)
 
 
-def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
-    saved = experiment.to_json(small_config())
-    check = lambda **overrides: experiment.check_resumable(
-        saved, small_config(**overrides), Path("runs/x")
-    )
-    check(data__dir="/elsewhere", train__log_every_steps=1, model__cpu_kernels="off")
-    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.5 \(was .*another --workdir"):
-        check(optim__learning_rate=0.5)
-    with pytest.raises(UserError, match="more epochs would be another run"):
-        check(train__epochs=9)
-    saved = experiment.to_json(small_config(optim__schedule="constant"))
-    check(optim__schedule="constant", train__epochs=9)
-    with pytest.raises(UserError, match="train.epochs=1"):
-        check(optim__schedule="constant", train__epochs=1)
+def test_balanced_weights_are_inverse_frequencies_of_the_training_split_with_mean_1():
+    config = small_config(task__class_weights="balanced")
+    exp = Experiment(config)
+    labels = exp.splits["train"].labels
+    counts = np.bincount(labels, minlength=10)
+    assert exp.task.class_counts == tuple(counts)
+    weights = np.asarray(balanced_weights(exp.task.class_counts))
+    np.testing.assert_allclose(weights * counts, len(labels) / 10, rtol=1e-6)
+    assert weights[labels].mean() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +135,15 @@ def test_resuming_asks_for_the_same_config_but_for_what_is_harmless():
 def test_bfloat16_is_computed_where_the_device_has_it(platform, instructions, dtype, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: instructions)
-    model = experiment.build_model(small_config(model__dtype="bfloat16"), 10)
-    assert model.dtype == dtype
+    assert build_model(small_config(model__dtype="bfloat16"), 10).dtype == dtype
+
+
+def test_building_a_model_of_another_precision_changes_no_other_program():
+    exact = Experiment(small_config(model__matmul_precision="highest"), class_names=("a", "b"))
+    assert exact.model and jax.config.jax_default_matmul_precision is None
+    square = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    text = lambda jitted: jitted.lower(square).as_text().count("HIGHEST")
+    assert text(exact.jit(lambda x: x @ x)) and not text(jax.jit(lambda x: x @ x))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
@@ -227,19 +152,28 @@ def test_only_the_program_for_cpus_calls_our_kernels(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend_name)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = small_config()
-    cpu_kernels = machine.choose_cpu_kernels(config)
-    model = experiment.build_model(config, 10, cpu_kernels=cpu_kernels)
-    tx, preprocess = optax.sgd(0.1), experiment.build_preprocess(config)
+    exp = Experiment(config, splits={"train": random_split(config, 40)})
+    monkeypatch.undo()
+    lowered = lower_train_step(exp, platform)
+    assert ("imgcls_conv" in lowered.as_text()) == (platform == "cpu")
+
+
+def lower_train_step(exp, platform):
+    from imgcls.state import create_state
+    from imgcls.steps import train_step
+
+    images = jnp.zeros((4, 8, 8, 1))
+    tx = optax.sgd(0.1)
+    create = partial(create_state, model=exp.model, tx=tx)
+    state = jax.eval_shape(create, jax.random.key(0), images)
+    batch = {"image": images.astype(jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
     step = partial(
         train_step,
-        model=model,
+        model=exp.model,
         tx=tx,
-        preprocess=preprocess,
-        augment=experiment.build_augment(config),
-        loss_fn=cross_entropy,
+        preprocess=exp.preprocess,
+        augment=exp.augmentation(small=False),
+        task=exp.task,
     )
-    rng, images = jax.random.key(0), jnp.zeros((4, 8, 8, 1))
-    state = jax.eval_shape(partial(create_state, model=model, tx=tx), rng, images)
-    batch = {"image": images.astype(jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    lowered = jax.jit(step).trace(state, batch, rng).lower(lowering_platforms=(platform,))
-    assert ("imgcls_conv" in lowered.as_text()) == (platform == "cpu")
+    traced = jax.jit(step).trace(state, batch, jax.random.key(0))
+    return traced.lower(lowering_platforms=(platform,))

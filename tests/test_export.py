@@ -15,13 +15,14 @@ import safetensors
 from flax.traverse_util import unflatten_dict
 
 from imgcls import experiment, load
+from imgcls.config import to_json, validate
 from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
+from imgcls.experiment import Experiment
 from imgcls.inference import export as module
 from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import resnet
-from imgcls.state import create_state
 from tests.conftest import ROOT, small_config
 from tests.untrained_run import write_untrained_run
 
@@ -38,48 +39,35 @@ MODELS = {
         "optim__ema_decay": 0.9,
         "model__whiten": True,
     },
-    "mlp": {"model__dtype": "bfloat16"},
-    "resnet": {},
-    "resnet of photographs": {"data__image_size": (33, 32), "data__channels": 3},
+    "mlp": {"model__dtype": "bfloat16", "model__dense_widths": (16,), "model__dropout_rate": 0.1},
+    "resnet": {"model__dropout_rate": 0.1},
+    "resnet of photographs": {
+        "data__image_size": (33, 32),
+        "data__channels": 3,
+        "model__stem": "imagenet",
+        "model__preactivation": True,
+    },
 }
-FIELDS = {
-    "mlp": {"dense_widths": (16,), "dropout_rate": 0.1},
-    "resnet": {"depth": 18, "stem": "cifar", "preactivation": False, "dropout_rate": 0.1},
-}
-FIELDS["resnet of photographs"] = FIELDS["resnet"] | {"stem": "imagenet", "preactivation": True}
 
 
 def model_config(name):
-    config = small_config(**MODELS[name])
-    channels = config.data.channels
-    config.data.mean, config.data.std = (0.3, 0.4, 0.5)[:channels], (0.2, 0.3, 0.4)[:channels]
-    if name in FIELDS:
-        common = {"dtype": config.model.dtype, "cpu_kernels": "auto", "matmul_precision": "default"}
-        config.model = {"name": name.split()[0], **FIELDS[name], **common}
-    experiment.validate(config)
+    channels = MODELS[name].get("data__channels", 1)
+    statistics = {"data__mean": (0.3, 0.4, 0.5)[:channels], "data__std": (0.2, 0.3, 0.4)[:channels]}
+    config = small_config(name.split()[0], **MODELS[name], **statistics)
+    validate(config)
     return config
 
 
 def random_classifier(config):
     """A model whose every variable, running statistics included, is drawn at random."""
-    model = experiment.build_model(config, len(NAMES))
-    sample = jnp.zeros((1, *config.data.image_size, config.data.channels))
-    state = jax.eval_shape(
-        lambda: create_state(
-            jax.random.key(0),
-            sample,
-            model=model,
-            tx=experiment.build_optimizer(config, lambda step: 0.1),
-            ema=config.optim.ema_decay > 0,
-        )
-    )
+    exp = Experiment(config, class_names=NAMES)
     rng = np.random.default_rng(0)
 
     def draw(x):
         values = rng.uniform(0.5, 1.5, x.shape) if len(x.shape) < 2 else rng.normal(size=x.shape)
         return (values / max(1, np.prod(x.shape[:-1])) ** 0.5).astype(x.dtype)
 
-    return Classifier(config, model, jax.tree.map(draw, state), {"class_names": NAMES})
+    return Classifier(exp, jax.tree.map(draw, exp.state_target()), {"class_names": NAMES})
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -169,7 +157,7 @@ def test_weights_keep_their_names_with_the_config_and_the_classes(classifier, tm
     with safetensors.safe_open(path, "numpy") as file:
         metadata = file.metadata()
         variables = unflatten_dict({k: file.get_tensor(k) for k in file.keys()}, sep=".")  # noqa: SIM118
-    config = experiment.to_json(classifier.config)
+    config = to_json(classifier.config)
     assert json.loads(metadata["config"]) == config
     assert tuple(json.loads(metadata["class_names"])) == NAMES
     expected = {k: v for k, v in classifier.state.eval_variables.items() if v}
@@ -224,11 +212,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 
 
 def test_without_onnx_a_line_says_what_to_install(tmp_path):
-    code = (
-        "import runpy, sys; sys.modules['onnxruntime'] = None; "
-        "runpy.run_module('imgcls.inference.export', run_name='__main__', alter_sys=True)"
-    )
-    result = run("--workdir=nowhere", "--format=onnx", "--output=x", code=("-c", code))
+    code = "import sys; sys.modules['onnxruntime'] = None; from imgcls.__main__ import main; main()"
+    arguments = ("export", "--workdir=nowhere", "--format=onnx", "--output=x")
+    result = run(*arguments, code=("-c", code))
     assert result.returncode == 2
     assert result.stderr == (
         "error: --format=onnx needs more: pip install -r requirements-onnx.txt\n"

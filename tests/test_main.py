@@ -50,12 +50,21 @@ def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
     [
         (["--workdir=w"], "--config is missing"),
         ([DIGITS], "--workdir is missing"),
-        ([DIGITS, "--workdir=w", "--config.optim.learning_rat=1"], 'mean "?learning_rate'),
+        (
+            [DIGITS, "--workdir=w", "--config.optim.learning_rat=1"],
+            "config.optim.learning_rate?",
+        ),
+        (
+            [DIGITS, "--workdir=w", "--epochs=5"],
+            "did you mean --config.train.epochs?",
+        ),
+        ([f"{DIGITS}:resnet18", "--workdir=w"], "configs/digits.py offers no choice of a model"),
+        (["--config=configs/digts.py", "--workdir=w"], "did you mean --config=configs/digits.py?"),
         ([DIGITS, "--workdir=w", "--config.optim.learning_rate=nan"], "learning_rate=nan must be"),
         ([DIGITS, "--workdir=w", "--config.train.epochs=1.5"], "config.train.epochs"),
         ([DIGITS, "--workdir=w", "--config.data.name=mnits"], "mnist"),
         ([DIGITS, "--workdir=w", "--config.model.name=cnm"], "one of cnn, mlp"),
-        ([DIGITS, "--workdir=w", "--wrkdir=x"], "wrkdir"),
+        ([DIGITS, "--workdir=w", "--wrkdir=x"], "no flag --wrkdir: did you mean --workdir?"),
         ([DIGITS, "--workdir=w", "stray"], "unexpected argument 'stray'"),
         (["--config=configs/nothing.py", "--workdir=w"], "configs/nothing.py"),
     ],

@@ -35,7 +35,12 @@ def test_schedules_warm_up_to_the_peak_and_end_where_they_should(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_shrinks_kernels_and_nothing_else(name):
     tx = create_optimizer(
-        name, optax.constant_schedule(0.1), momentum=0.9, weight_decay=0.5, clip_norm=0.0
+        name,
+        optax.constant_schedule(0.1),
+        learning_rate=0.1,
+        momentum=0.9,
+        weight_decay=0.5,
+        clip_norm=0.0,
     )
     updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
     new = optax.apply_updates(PARAMS, updates)
@@ -46,8 +51,14 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
+    own = {"muon_sgd": {"dense_learning_rate": 0.02, "bias_learning_rate": 0.02}}.get(name, {})
     tx = create_optimizer(
-        name, optax.constant_schedule(0.02), momentum=0.9, weight_decay=0.0, clip_norm=1.0
+        name,
+        optax.constant_schedule(0.02),
+        learning_rate=0.02,
+        momentum=0.9,
+        weight_decay=0.0,
+        clip_norm=1.0,
     )
     params, state = PARAMS, tx.init(PARAMS)
     size = lambda params: float(optax.tree.norm(params))
@@ -59,26 +70,34 @@ def test_every_optimizer_descends(name):
 
 def test_clipping_bounds_the_update():
     tx = create_optimizer(
-        "sgd", optax.constant_schedule(1.0), momentum=0.0, weight_decay=0.0, clip_norm=0.5
+        "sgd",
+        optax.constant_schedule(1.0),
+        learning_rate=1.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        clip_norm=0.5,
     )
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5)
 
 
 def test_muon_sgd_has_a_learning_rate_of_its_own_for_dense_layers_and_for_biases():
-    options = {"momentum": 0.9, "weight_decay": 0.0, "clip_norm": 0.0}
     tx = create_optimizer(
-        "muon_sgd", optax.constant_schedule(0.5), **options, dense_ratio=0.1, bias_ratio=10.0
+        "muon_sgd",
+        optax.constant_schedule(0.5),
+        learning_rate=0.5,
+        dense_learning_rate=0.05,
+        bias_learning_rate=5.0,
     )
     params = {
-        "Dense_0": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
-        "BatchNorm_0": {"bias": jnp.ones(4)},
+        "head": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+        "Dense_like_norm": {"bias": jnp.ones(4)},
     }
     updates, _ = tx.update(params, tx.init(params), params)
     nesterov = 1 + 0.85
-    assert jnp.allclose(updates["Dense_0"]["kernel"], -0.5 * 0.1 * nesterov)
-    assert jnp.allclose(updates["Dense_0"]["bias"], -0.5 * 0.1 * nesterov)
-    assert jnp.allclose(updates["BatchNorm_0"]["bias"], -0.5 * 10 * nesterov)
+    assert jnp.allclose(updates["head"]["kernel"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["head"]["bias"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["Dense_like_norm"]["bias"], -0.5 * 10 * nesterov)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 16), (3, 3, 32, 16), (1, 1, 4, 40)])
@@ -97,13 +116,29 @@ def test_muon_iterates_as_newton_and_schulz(shape, rank):
     np.testing.assert_allclose(orthogonalize(jnp.float32(kernel)), expected, atol=1e-5)
 
 
+def test_muon_orthogonalises_the_nesterov_momentum_of_the_gradients():
+    tx = create_optimizer("muon", optax.constant_schedule(0.1), learning_rate=0.1, momentum=0.8)
+    first, second = np.random.default_rng(0).normal(size=(2, 3, 3, 2, 4)).astype(np.float32)
+    params = {"kernel": jnp.zeros(first.shape)}
+    _, state = tx.update({"kernel": jnp.asarray(first)}, tx.init(params), params)
+    updates, _ = tx.update({"kernel": jnp.asarray(second)}, state, params)
+    trace = 0.8 * first + second
+    expected = -0.1 * orthogonalize(jnp.asarray(0.8 * trace + second))
+    np.testing.assert_allclose(updates["kernel"], expected, atol=1e-6)
+
+
 def test_muon_leaves_a_kernel_without_a_gradient_alone():
     assert (orthogonalize(jnp.zeros((3, 3, 2, 4))) == 0).all()
 
 
 def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
     tx = create_optimizer(
-        "muon", optax.constant_schedule(1.0), momentum=0.9, weight_decay=0.0, clip_norm=0.0
+        "muon",
+        optax.constant_schedule(1.0),
+        learning_rate=1.0,
+        momentum=0.9,
+        weight_decay=0.0,
+        clip_norm=0.0,
     )
     params = {"kernel": jnp.zeros((3, 3, 2, 4))}
     u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=(18, 4)), full_matrices=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from imgcls import experiment
+from imgcls.config import to_json
 from imgcls.errors import UserError
 from imgcls.profile import profile
 from imgcls.run.workdir import claim, write_json
@@ -33,7 +33,7 @@ def test_a_profile_of_a_finished_run_changes_nothing_in_it(tmp_path, capsys):
 
 
 def test_a_run_without_a_checkpoint_is_profiled_from_its_start(tmp_path):
-    write_json(tmp_path / "config.json", experiment.to_json(small_config()))
+    write_json(tmp_path / "config.json", to_json(small_config()))
     assert profile(tmp_path, steps=1)
     assert not any((tmp_path / "checkpoints").iterdir())
 
@@ -41,6 +41,6 @@ def test_a_run_without_a_checkpoint_is_profiled_from_its_start(tmp_path):
 def test_what_is_no_run_or_is_under_way_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         profile(tmp_path / "nothing", steps=1)
-    write_json(tmp_path / "config.json", experiment.to_json(small_config()))
+    write_json(tmp_path / "config.json", to_json(small_config()))
     with claim(tmp_path), pytest.raises(UserError, match="in use by process"):
         profile(tmp_path, steps=1)

@@ -7,26 +7,26 @@ import jax
 import numpy as np
 import pytest
 
-from imgcls import cpu, train
+from imgcls import cpu, experiment
 from imgcls.cpu import onednn
 from imgcls.errors import CheckpointError, Stopped
-from imgcls.inference import classifier
-from imgcls.run import machine
+from imgcls.experiment import Experiment
+from imgcls.run import machine, processes
 from imgcls.run.events import EventWriter
 from imgcls.run.logs import MetricWriter, read_metrics
-from imgcls.train import _Run, train_and_evaluate
+from imgcls.train import train_and_evaluate
 from tests.conftest import small_config
 from tests.test_train import EVERYTHING, stop_after
 
 
-def session(workdir, config, until=None):
+def session(workdir, config, until=None, **options):
     """One start of a run, stopped after step `until`."""
     with pytest.MonkeyPatch.context() as patch:
         if until is None:
-            return train_and_evaluate(config, workdir)
+            return train_and_evaluate(config, workdir, **options)
         stop_after(patch, until)
         with pytest.raises(Stopped, match=f"step {until} is saved"):
-            train_and_evaluate(config, workdir)
+            train_and_evaluate(config, workdir, **options)
 
 
 @pytest.fixture
@@ -36,44 +36,41 @@ def without_computing(monkeypatch):
 
     def train_step(state, batch, rng):
         given.append((int(state.step), np.asarray(batch["image"]).tobytes()))
-        metrics = {"loss": 0.0, "correct": 0.0, "count": 40.0, "bad": 0.0}
+        metrics = {"loss": 0.0, "top1": 0.0, "count": 40.0, "bad": 0.0}
         return state.replace(step=state.step + 1), metrics
 
-    def set_steps(run):
-        run.train_steps = {False: train_step}
-        run.eval_step = lambda state, batch: {"loss": 0.0, "correct": 0.0, "count": 1.0}
-
-    monkeypatch.setattr(_Run, "_compile", set_steps)
-    monkeypatch.setattr(_Run, "test", lambda run: None)
+    eval_step = lambda state, batch: {"loss": 0.0, "top1": 0.0, "count": 1.0}
+    monkeypatch.setattr(Experiment, "compile_train_step", lambda *_, small=False: train_step)
+    monkeypatch.setattr(Experiment, "compile_eval_step", lambda *_: eval_step)
     return given
 
 
 def test_stopped_at_every_step_a_run_takes_the_same_examples_in_order(without_computing, tmp_path):
     given, config = without_computing, small_config()
-    session(tmp_path / "whole", config)
+    session(tmp_path / "whole", config, test=False)
     whole = given.copy()
     assert [step for step, _ in whole] == list(range(10)) and len(set(whole)) == 10
     given.clear()
     for step in range(1, 10):
         session(tmp_path / "stopped", config, until=step)
         assert given == whole[:step]
-    session(tmp_path / "stopped", config)
+    session(tmp_path / "stopped", config, test=False)
     assert given == whole
 
 
 def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, monkeypatch):
-    given, read = [], _Run._train_batch
+    given, train_batch = [], Experiment.train_batch
 
-    def record(run):
-        batch = read(run)
+    def record(self, step):
+        batch = train_batch(self, step)
         assert len(batch["image"].sharding.device_set) == devices
         given.append(np.asarray(batch["image"]).tobytes())
         return batch
 
-    monkeypatch.setattr(_Run, "_train_batch", record)
+    monkeypatch.setattr(Experiment, "train_batch", record)
     quick_to_compile = {
         "train__accumulate_steps": 1,
-        "train__early_epochs": 0.0,
+        "train__small_epochs": 0.0,
         "augment__rotate_degrees": 0.0,
     }
 
@@ -81,7 +78,7 @@ def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, mo
         nonlocal devices
         devices = number
         mesh = jax.sharding.Mesh(jax.devices()[:number], ("data",))
-        for module in (train, classifier):
+        for module in (experiment, processes):
             monkeypatch.setattr(module, "make_mesh", lambda: mesh)
         start = len(given)
         session(workdir, small_config(**EVERYTHING | quick_to_compile), until)

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from imgcls.losses import cross_entropy
 from imgcls.models import MODELS
 from imgcls.parallel import make_mesh, put_batch, replicated
 from imgcls.state import create_state
 from imgcls.steps import augment_batch, eval_step, normalize, predict_step, train_step
+from imgcls.task import Classification
 
 PREPROCESS = partial(normalize, mean=(0.5,), std=(0.25,))
 PLAIN_CNN = {"widths": (8,), "norm": lambda **_: lambda x: x}  # neither BatchNorm nor dropout
@@ -36,7 +36,7 @@ def setup(*, tx=None, model="cnn", ema=False, step_options=None, **fields):
     model = MODELS[model](num_classes=10, **fields)
     tx = tx or optax.sgd(0.1, momentum=0.9)
     state = create_state(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), model=model, tx=tx, ema=ema)
-    options = {"augment": keep, "loss_fn": cross_entropy} | (step_options or {})
+    options = {"augment": keep, "task": TASK} | (step_options or {})
     step = partial(train_step, model=model, tx=tx, preprocess=PREPROCESS, **options)
     return model, state, step
 
@@ -50,6 +50,7 @@ def differ(a, b):
 
 
 RNG = jax.random.key(7)
+TASK = Classification()
 
 
 def test_normalize_is_the_same_from_bytes_and_from_floats():
@@ -62,8 +63,9 @@ def test_normalize_is_the_same_from_bytes_and_from_floats():
 def test_only_images_marked_so_are_mirrored():
     batch = batch_of(4)
     marks = np.array([True, False, True, False])
-    plain, _ = augment_batch(RNG, batch, keep, 10)
-    images, _ = augment_batch(RNG, batch | {"mirrored": marks}, keep, 10)
+    prepare = partial(augment_batch, RNG, augment=keep, task=TASK, num_classes=10)
+    plain, _ = prepare(batch)
+    images, _ = prepare(batch | {"mirrored": marks})
     np.testing.assert_array_equal(images[marks], plain[marks][:, :, ::-1])
     np.testing.assert_array_equal(images[~marks], plain[~marks])
 
@@ -75,7 +77,7 @@ def test_loss_goes_to_zero_on_one_batch(model, fields):
     for _ in range(60):
         state, metrics = step(state, batch_of(20), RNG)
     assert metrics["loss"] / metrics["count"] < 0.01
-    assert metrics["correct"] == metrics["count"] == 20
+    assert metrics["top1"] == metrics["count"] == 20
 
 
 @pytest.mark.parametrize("fields", [PLAIN_CNN, {"widths": (8,)}], ids=["plain", "batchnorm"])
@@ -139,16 +141,16 @@ def test_dropout_differs_by_step_and_repeats_by_seed():
 
 def test_dropout_is_off_in_evaluation_and_statistics_do_not_move():
     model, state, _ = setup(widths=(8,), dropout_rate=0.5)
-    evaluate = partial(eval_step, model=model, preprocess=PREPROCESS)
+    evaluate = partial(eval_step, model=model, preprocess=PREPROCESS, task=TASK)
     twin = MODELS["cnn"](num_classes=10, widths=(8,), dropout_rate=0.0)
     a = evaluate(state, batch_of(16))
-    b = eval_step(state, batch_of(16), model=twin, preprocess=PREPROCESS)
+    b = eval_step(state, batch_of(16), model=twin, preprocess=PREPROCESS, task=TASK)
     assert a["loss"] == b["loss"]
 
 
 def test_padded_evaluation_equals_unpadded():
     model, state, _ = setup(widths=(8,))
-    evaluate = jax.jit(partial(eval_step, model=model, preprocess=PREPROCESS))
+    evaluate = jax.jit(partial(eval_step, model=model, preprocess=PREPROCESS, task=TASK))
     batch = batch_of(13)
     padding = 3
     padded = {
@@ -162,11 +164,11 @@ def test_evaluation_agrees_with_the_logits():
     model, state, _ = setup(widths=(8,))
     batch = batch_of(16)
     logits = predict_step(state, batch["image"], model=model, preprocess=PREPROCESS)
-    sums = eval_step(state, batch, model=model, preprocess=PREPROCESS)
+    sums = eval_step(state, batch, model=model, preprocess=PREPROCESS, task=TASK)
     log_probabilities = np.asarray(nn.log_softmax(logits))
     loss = -log_probabilities[np.arange(16), batch["label"]].sum()
     assert float(sums["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert sums["correct"] == (np.asarray(logits).argmax(-1) == batch["label"]).sum()
+    assert sums["top1"] == (np.asarray(logits).argmax(-1) == batch["label"]).sum()
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
@@ -174,7 +176,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
     _, state, step = setup(widths=(8,), ema=True, step_options={"ema_decay": 0.9})
     state, _ = jax.jit(step)(state, batch_of(16), RNG)
     after, metrics = jax.jit(partial(step, augment=poison))(state, batch_of(16), RNG)
-    assert metrics == {"loss": 0, "correct": 0, "count": 0, "bad": 1}
+    assert metrics == {"loss": 0, "top1": 0, "count": 0, "bad": 1}
     assert after.step == state.step + 1
     close(after.replace(step=state.step), state, rtol=0, atol=0)
 

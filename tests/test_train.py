@@ -1,19 +1,25 @@
 """Whole runs: a stopped and resumed run is the run that was never stopped."""
 
 import json
+import signal
+import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from imgcls import experiment
+from imgcls import train
+from imgcls.augment import AUGMENTATIONS
+from imgcls.config import flatten
+from imgcls.data.sources import SOURCES
 from imgcls.errors import DivergedError, Stopped, UserError
+from imgcls.experiment import Experiment, load_config
+from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import MetricWindow, read_metrics
-from imgcls.train import _Run, train_and_evaluate
+from imgcls.train import train_and_evaluate
 from tests.conftest import small_config
 
 # Everything on that carries state from step to step, or draws at random.
@@ -23,29 +29,25 @@ EVERYTHING = {
     "augment__rotate_degrees": 10.0,
     "optim__ema_decay": 0.9,
     "train__accumulate_steps": 2,
-    "train__early_epochs": 1.2,
-    "train__early_image_size": (6, 6),
+    "train__small_epochs": 1.2,
+    "train__small_image_size": (6, 6),
 }
 
 
 def stop_after(monkeypatch, step):
-    """Makes the run stop, as by a signal, once `step` batches were seen."""
-    from imgcls.run.logs import MetricWindow
-    from imgcls.run.signals import StopSignal
+    """Sends SIGTERM to this process when the batch of training step number `step` is read."""
+    train_batch = Experiment.train_batch
 
-    add, init, stops = MetricWindow.add, StopSignal.__init__, []
+    def and_stop(self, at):
+        # Compilations read a batch, too, in another thread.
+        if at == step - 1 and threading.current_thread() is threading.main_thread():
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(Stopped):
+                while True:  # until it has arrived
+                    signals.poll()
+        return train_batch(self, at)
 
-    def remember(self):
-        init(self)
-        stops.append(self)
-
-    def add_and_stop(self, at, metrics):
-        add(self, at, metrics)
-        if at == step:
-            stops[-1].requested = 15
-
-    monkeypatch.setattr(StopSignal, "__init__", remember)
-    monkeypatch.setattr(MetricWindow, "add", add_and_stop)
+    monkeypatch.setattr(Experiment, "train_batch", and_stop)
 
 
 def without_times(rows):
@@ -104,9 +106,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert {"top1", "top5", "loss", "device", "versions", "git_commit"} <= set(results)
     assert np.sum(results["confusion_matrix"]) == 50
     assert list(workdir.glob("events.out.tfevents.*"))
-    assert experiment.flatten(experiment.load_config(workdir)) == experiment.flatten(
-        small_config(**EVERYTHING)
-    )
+    assert flatten(load_config(workdir)) == flatten(small_config(**EVERYTHING))
     with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
         assert saved["logits"].shape == (50, 10) and len(set(saved["ids"])) == 50
         accuracy = (saved["logits"].argmax(1) == saved["labels"]).mean()
@@ -172,14 +172,16 @@ def test_a_run_without_validation_says_so(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["calibration"]["temperature"] is None
 
 
-def explode(config: ConfigDict) -> ConfigDict:
-    config.optim.name, config.optim.learning_rate, config.optim.warmup_epochs = "sgd", 1e30, 0.0
-    config.optim.schedule = "constant"
-    return config
+EXPLOSIVE = {
+    "optim__learning_rate": 1e30,
+    "optim__warmup_epochs": 0.0,
+    "optim__schedule": "constant",
+    "optim__name": "sgd",
+}
 
 
 def test_divergence_names_the_step_and_the_examples_and_saves_nothing_past_it(tmp_path):
-    config = explode(small_config())
+    config = small_config(**EXPLOSIVE)
     with pytest.raises(
         DivergedError, match=r"not finite in step \d+, with examples train:\d+"
     ) as e:
@@ -193,13 +195,15 @@ def test_divergence_names_the_step_and_the_examples_and_saves_nothing_past_it(tm
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_bad_steps_can_be_allowed(tmp_path, monkeypatch):
-    def poison(rng, images, labels):
-        return jnp.where(jax.random.uniform(rng) < 0.4, jnp.nan, images), labels
+    def poison(rng, images, labels, probability):
+        """Spoils all images with the given probability."""
+        return jnp.where(jax.random.uniform(rng) < probability, jnp.nan, images), labels
 
-    monkeypatch.setattr(experiment, "build_augment", lambda config, early=False: poison)
+    monkeypatch.setitem(AUGMENTATIONS, "poison", poison)
+    config = lambda allowed: small_config(augment__poison=0.4, train__max_bad_steps=allowed)
     with pytest.raises(DivergedError):
-        train_and_evaluate(small_config(train__max_bad_steps=1), tmp_path / "one")
-    state = train_and_evaluate(small_config(train__max_bad_steps=10), tmp_path / "ten")
+        train_and_evaluate(config(1), tmp_path / "one")
+    state = train_and_evaluate(config(10), tmp_path / "ten")
     bad = Checkpoints(tmp_path / "ten/checkpoints").read_meta()["bad_steps"]
     assert 1 < len(bad) < 10 and state.step == 10
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -212,16 +216,14 @@ def test_a_batch_larger_than_the_split_is_refused(tmp_path):
 
 def test_changed_data_is_refused(uninterrupted, tmp_path, monkeypatch):
     train_and_evaluate(small_config(train__epochs=1), tmp_path)
-    import imgcls.data.digits as digits
-
-    opened = digits.open_digits
+    opened = SOURCES["digits"]
 
     def fewer(**options):
         sources = opened(**options)
         sources["train"].class_names = tuple("abcdefghij")
         return sources
 
-    monkeypatch.setitem(experiment.open_sources.__globals__["SOURCES"], "digits", fewer)
+    monkeypatch.setitem(SOURCES, "digits", fewer)
     with pytest.raises(UserError, match="the data changed"):
         train_and_evaluate(small_config(train__epochs=1), tmp_path)
 
@@ -235,20 +237,18 @@ def test_the_logged_rate_leaves_out_validation_but_no_step(tmp_path, monkeypatch
         return now[0]
 
     monkeypatch.setattr(time, "perf_counter", clock)
-    wait, validate = MetricWindow.wait, _Run._validate
+    wait, validate = MetricWindow.wait, train.validate
 
     def step(self, *, ahead):
         now[0] += 1
         wait(self, ahead=ahead)
 
-    def slowly(self):
-        top1 = validate(self)
+    def slowly(*arguments):
         now[0] += 100
-        self.clock = now[0]
-        return top1
+        return validate(*arguments)
 
     monkeypatch.setattr(MetricWindow, "wait", step)
-    monkeypatch.setattr(_Run, "_validate", slowly)
+    monkeypatch.setattr(train, "validate", slowly)
     # Validation falls within the log windows, and a window begins in each of the two sessions.
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 7)
@@ -256,3 +256,28 @@ def test_the_logged_rate_leaves_out_validation_but_no_step(tmp_path, monkeypatch
     train_and_evaluate(small_config(), tmp_path)
     rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert [row["images_per_second"] for row in rows] == [40] * len(rows)
+
+
+def test_a_callback_stops_a_run_that_a_later_call_finishes(uninterrupted, tmp_path):
+    rows = []
+
+    def until_validated(row):
+        rows.append(row)
+        return row["split"] == "validation"
+
+    config = small_config(**EVERYTHING)
+    state = train_and_evaluate(config, tmp_path, callback=until_validated)
+    assert state.step == 5 and without_times(rows) == outcome(uninterrupted[1])[0][:2]
+    assert not (tmp_path / "results.json").exists()
+    assert_same(train_and_evaluate(config, tmp_path), uninterrupted[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[1])
+
+
+def test_trained_epoch_by_epoch_and_tested_later_a_run_is_the_same(uninterrupted, tmp_path):
+    config = small_config(**EVERYTHING)
+    for epoch in (1, 1, 2, 3):
+        state = train_and_evaluate(config, tmp_path, until_epoch=epoch, test=False)
+        assert state.step == 5 * min(epoch, 2)
+    assert not (tmp_path / "test_evaluations.jsonl").exists()
+    assert_same(train_and_evaluate(config, tmp_path), uninterrupted[0])
+    assert outcome(tmp_path) == outcome(uninterrupted[1])

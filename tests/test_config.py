@@ -1,0 +1,205 @@
+"""Every key of a config has one default, one rule and one meaning; mistakes are named."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgcls import config as configs
+from imgcls.augment import AUGMENTATIONS
+from imgcls.config import check_resumable, default_config, flatten, from_json, to_json, validate
+from imgcls.errors import UserError
+from imgcls.models import MODELS
+from imgcls.optim import OPTIMIZERS
+from tests.conftest import ROOT, small_config
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# What the eight configs said in commit ed91c69, before defaults stood in one place.
+BEFORE = json.loads((ROOT / "tests/data/configs.json").read_text())
+MUON_ONLY = {"optim.adam_learning_rate"}
+MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
+ADDED = {"task.name", "task.class_weights"}
+
+
+def get_config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_the_configs_say_what_they_said_before(name):
+    now, before = flatten(to_json(get_config(name))), dict(BEFORE[name])
+    for old, new in configs.RENAMED.items():
+        before[new] = before.pop(old)
+    # Keys of another optimiser are gone.
+    dropped = MUON_ONLY | MUON_SGD_ONLY
+    dropped -= {"muon": MUON_ONLY, "muon_sgd": MUON_SGD_ONLY}.get(now["optim.name"], set())
+    before = {key: value for key, value in before.items() if key not in dropped}
+    if not before["train.small_epochs"]:  # a size that no step used
+        before["train.small_image_size"] = []
+    assert {key: value for key, value in now.items() if key not in ADDED} == before
+
+
+def test_a_key_has_one_type_in_all_configs():
+    # A float where another config has an int: only one of the two takes --config.key=0.5.
+    types = {}
+    for name in CONFIGS:
+        for key, value in flatten(get_config(name)).items():
+            types.setdefault(key, {}).setdefault(type(value), []).append(name)
+    assert {key: found for key, found in types.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("model", [*MODELS, "resnet50"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
+    config = default_config(model, optimizer)
+    if model == "cnn":
+        config.model.widths = (4, 4)
+    validate(config)
+    keys = configs.keys_of(config)
+    assert keys.keys() == flatten(config).keys()
+    assert [key for key, entry in keys.items() if not entry.meaning] == []
+    with pytest.raises(AttributeError):
+        config.optim.learning_rat = 1.0
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            {"optim__learning_rate": float("nan")},
+            "config.optim.learning_rate=nan must be a number over 0",
+        ),
+        ({"train__batch_size": -8}, "config.train.batch_size=-8 must be a whole number"),
+        ({"data__image_size": (8, -8)}, "config.data.image_size"),
+        ({"data__image_size": (8,)}, "config.data.image_size"),
+        ({"data__mean": (0.1, 0.2)}, "one number for each of the channels"),
+        ({"data__std": (0.0,)}, "config.data.std"),
+        ({"data__std": ()}, "one number for each of the channels"),
+        ({"data__mean": ("half",)}, "config.data.mean"),
+        ({"data__mean": (np.float32(0.5),)}, "config.data.mean"),  # json has no such number
+        ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),
+        ({"model__widths": (8, 0)}, "config.model.widths"),
+        ({"model__dropout_rate": 1.0}, "config.model.dropout_rate"),
+        ({"task__label_smoothing": 1.0}, "config.task.label_smoothing"),
+        ({"task__class_weights": "equal"}, "one of none, balanced"),
+        ({"optim__name": "sdg"}, "one of sgd, adamw, lion, muon"),
+        ({"optim__name": "muon_sgd"}, 'lacks .*dense_learning_rate.*optimizer="muon_sgd"'),
+        ({"model__name": "resnet"}, 'lacks .depth, .*--config=FILE.py:resnet .*model="resnet"'),
+        ({"optim__warmup_epochs": 3.0}, "more than config.train.epochs"),
+        ({"train__small_epochs": 3.0, "train__small_image_size": (4, 4)}, "more than config.train"),
+        ({"train__small_epochs": 1.0}, "needs a config.train.small_image_size"),
+        ({"augment__flip_probability": 1.5}, "config.augment.flip_probability"),
+        (
+            {"augment__flip_probability": 0.5, "data__alternate_flip": True},
+            "config.data.alternate_flip takes the place",
+        ),
+        ({"augment__rotate_degrees": -1.0}, "config.augment.rotate_degrees"),
+        ({"data__validation": "", "eval__checkpoint": "best"}, "config.eval.checkpoint=best needs"),
+        ({"seed": -1}, "config.seed=-1"),
+        ({"model__widths": (4, 4, 4, 4)}, "halves the image 4 times"),
+        (
+            {"train__small_epochs": 1.0, "train__small_image_size": (1, 1)},
+            r"too often for config.train.small_image_size=\(1, 1\)",
+        ),
+        ({"model__widths": (4, 4, 4), "model__whiten": True}, "halves the image 3 times"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(overrides, message):
+    with pytest.raises(UserError, match=message):
+        validate(small_config(**overrides))
+
+
+def test_padded_whitening_leaves_room_for_one_more_pooling():
+    validate(small_config(model__widths=(4, 4, 4), model__whiten=True, model__pad_whitening=True))
+
+
+def test_a_missing_and_an_unknown_key_are_refused_by_name():
+    config = small_config().unlock()
+    del config.train.epochs
+    with pytest.raises(UserError, match=r"config\.train\.epochs is missing"):
+        validate(config)
+    for section, key, near in (
+        ("optim", "momentun", "optim.momentum"),
+        ("augment", "rotate", "augment.rotate_degrees"),
+        ("train", "label_smoothing", "task.label_smoothing"),
+    ):
+        config = small_config().unlock()
+        config[section][key] = 0.9
+        with pytest.raises(UserError, match=rf"{key} is .*: did you mean config\.{near}"):
+            validate(config)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("resnet101", "model.depth=101 must be one of 18, 34, 50"),
+        ("wide_resnet20", "model.depth=20 must be 6 n + 4"),
+        ("wide_resnet4", "model.depth=4 must be 6 n + 4"),
+        ("resnt", "config.model.name='resnt' must be one of cnn, mlp, resnet, wide_resnet"),
+    ],
+)
+def test_a_network_that_nobody_made_is_refused(model, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(default_config(model))
+    config = default_config("resnet")
+    config.model.stem = "imagnet"
+    with pytest.raises(UserError, match="must be one of cifar, imagenet"):
+        validate(config)
+
+
+def test_small_epochs_are_refused_for_a_network_made_for_one_size():
+    config = default_config("mlp")
+    config.train.small_epochs, config.train.small_image_size = 1.0, (8, 8)
+    with pytest.raises(UserError, match="must be 0"):
+        validate(config)
+
+
+def test_a_config_survives_its_file():
+    saved = json.loads(json.dumps(to_json(small_config())))
+    assert flatten(from_json(saved)) == flatten(small_config())
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_the_config_of_an_older_run_is_completed_with_what_its_code_did(name):
+    nested = {}
+    for key, value in BEFORE[name].items():
+        section, _, last = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[last] = value
+    loaded, now = flatten(from_json(nested)), flatten(get_config(name))
+    loaded.pop("train.small_image_size"), now.pop("train.small_image_size")
+    assert loaded == now
+
+
+def test_resuming_asks_for_the_same_config_except_for_what_is_harmless():
+    def check(saved, **overrides):
+        check_resumable(saved, small_config(**overrides), Path("runs/x"))
+
+    saved = small_config()
+    check(saved, data__dir="/elsewhere", train__log_every_steps=1, model__cpu_kernels="off")
+    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.5 \(was .*another --workdir"):
+        check(saved, optim__learning_rate=0.5)
+    with pytest.raises(UserError, match="more epochs would be another run"):
+        check(saved, train__epochs=9)
+    saved = small_config(optim__schedule="constant")
+    check(saved, optim__schedule="constant", train__epochs=9)
+    with pytest.raises(UserError, match="train.epochs=1"):
+        check(saved, optim__schedule="constant", train__epochs=1)
+
+
+def test_an_augmentation_s_own_keyword_is_a_key(monkeypatch):
+    def erase(rng, images, labels, probability, *, erase_area=0.25):
+        """Blanks a part of each image.
+
+        Args:
+            erase_area: share of the image
+        """
+        return images, labels
+
+    monkeypatch.setitem(AUGMENTATIONS, "erase_probability", erase)
+    config = default_config()
+    assert (config.augment.erase_probability, config.augment.erase_area) == (0.0, 0.25)
+    assert configs.keys_of(config)["augment.erase_area"].meaning == "share of the image"
+    validate(config)
