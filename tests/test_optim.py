@@ -38,9 +38,7 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
         name,
         optax.constant_schedule(0.1),
         learning_rate=0.1,
-        momentum=0.9,
         weight_decay=0.5,
-        clip_norm=0.0,
     )
     updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
     new = optax.apply_updates(PARAMS, updates)
@@ -56,9 +54,8 @@ def test_every_optimizer_descends(name):
         name,
         optax.constant_schedule(0.02),
         learning_rate=0.02,
-        momentum=0.9,
-        weight_decay=0.0,
         clip_norm=1.0,
+        **own,
     )
     params, state = PARAMS, tx.init(PARAMS)
     size = lambda params: float(optax.tree.norm(params))
@@ -136,9 +133,6 @@ def test_muon_makes_the_update_of_a_kernel_nearly_orthogonal():
         "muon",
         optax.constant_schedule(1.0),
         learning_rate=1.0,
-        momentum=0.9,
-        weight_decay=0.0,
-        clip_norm=0.0,
     )
     params = {"kernel": jnp.zeros((3, 3, 2, 4))}
     u, _, v = np.linalg.svd(np.random.default_rng(0).normal(size=(18, 4)), full_matrices=False)
