@@ -1,4 +1,4 @@
-"""The programs in benchmarks/: their statistics, what they refuse, and the table in the README."""
+"""The programs in benchmarks/: their statistics, what they refuse, and the documents' tables."""
 
 import json
 from argparse import Namespace
@@ -9,7 +9,7 @@ import jax
 import networks
 import numpy as np
 import pytest
-import readme_table
+import tables
 import time_to_accuracy
 import train_step
 from scipy.stats import ttest_1samp
@@ -124,36 +124,61 @@ def test_the_command_trains_the_seeds_and_the_time_is_of_the_whole(tmp_path, mon
 
 def test_a_table_row_tells_what_its_figures_are_over(tmp_path):
     runs = [fake_run(tmp_path / str(seed), seed, 20.0 + seed) for seed in range(3)]
-    configs, results = tmp_path / "configs", tmp_path / "results"
-    configs.mkdir()
-    for name in ("many", "missing", "one"):
-        (configs / f"{name}.py").touch()
+    results = tmp_path / "results"
     write_summary(results, "many", summary_of(*runs))
     write_summary(results, "one", summary_of(fake_run(tmp_path / "s", 5), note="a note"))
-    table = readme_table.results_table(results, configs)
-    many, missing, one = table.splitlines()[2:5]
-    assert many.startswith("| `many` |") and "| 3 seeds | 21 s | 100 | aaaaaaaaa |" in many
-    assert missing.startswith("| `missing` | not run to the end yet |")
-    assert one.startswith("| `one` (a note) |") and "examples, one seed | 15 s inside |" in one
+    (results / "other.json").write_text('{"cifar10, AVX2": {"ratio": 1}}')
+    lines = tables.results(results).splitlines()
+    many, one = lines[2:4]
+    assert many.startswith("| `many` |") and many.endswith("(over 3 seeds) | 21 s |")
+    assert one.startswith("| `one` (a note) |")
+    assert one.endswith("(over examples, one seed) | 15 s without imports |")
     correct = round(300 * top1_of(tmp_path / "s"))
     assert f"({correct}/300)" in one
-    assert "`many`, `one`: a laptop; jax 1." in table
+    assert lines[4] == "" and "`many`, `one`: a laptop." in lines[5] and len(lines) == 6
 
 
-def test_the_readme_has_the_table_of_the_files():
-    table = readme_table.results_table(common.RESULTS, ROOT / "configs")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_table.BEGIN in readme
-    message = "README.md and benchmarks/results differ: run python benchmarks/readme_table.py"
-    assert readme_table.rewritten(readme, table) == readme, message
+def test_a_trial_is_compared_with_the_seeds_that_its_recipe_has_too(tmp_path):
+    recipe = {"network": "n", "base": None, "name": "r", "change": "the recipe", "verdict": ""}
+    recipe |= {"top1": 90.5, "seeds": {"0": 90.0, "1": 91.0}, "seconds": 1200, "cores": 1}
+    values = {"both": [90.75, {"0": 90.5, "1": 91.0}], "one": [91.5, {"1": 91.5}], "no": [89.5, {}]}
+    trials = [recipe, {**recipe, "network": "another"}]
+    for change, (top1, seeds) in values.items():
+        kept = {"network": "n", "base": "r", "change": change, "verdict": "v", "cores": 2}
+        trials.append({**kept, "top1": top1, "seeds": seeds, "seconds": None})
+    path = tmp_path / "trials.jsonl"
+    path.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    assert tables.trials("n", path).splitlines()[2:] == [
+        "| **the recipe** | **90.50%** (90.00, 91.00) | 1,200 s, 1 core |  |",
+        "| both | +0.25 (+0.50, +0.00) |  | v |",
+        "| one | +0.50 (seed 1) |  | v |",
+        "| no | -1.00 (1 seed) |  | v |",
+    ]
 
 
-def test_rewriting_the_table_leaves_the_rest_of_the_readme_alone():
-    readme = f"before\n{readme_table.BEGIN}\nold\\1\n{readme_table.END}\nafter\n"
-    new = readme_table.rewritten(readme, r"new \1")
-    assert new == readme.replace("old\\1", r"new \1")
-    with pytest.raises(ValueError, match="no .* markers"):
-        readme_table.rewritten("a README without markers", "table")
+def test_every_trial_stands_in_a_table():
+    trials = [json.loads(line) for line in tables.TRIALS.read_text("utf-8").splitlines()]
+    recipes = {(trial["network"], trial["name"]) for trial in trials if trial["base"] is None}
+    others = [trial for trial in trials if trial["base"] is not None]
+    assert all((trial["network"], trial["base"]) in recipes for trial in others)
+    recipes_md = tables.documents()[ROOT / "docs/recipes.md"]
+    rows = sum(len(table.splitlines()) - 2 for table in recipes_md.values())
+    assert rows == len(trials)
+
+
+@pytest.mark.parametrize("path", tables.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_documents_have_the_tables_of_the_files(path):
+    text = path.read_text(encoding="utf-8")
+    message = f"{path} and its figures differ: run python benchmarks/tables.py"
+    assert tables.rewritten(text, tables.documents()[path]) == text, message
+
+
+def test_rewriting_a_table_leaves_the_rest_of_the_text_alone():
+    text = "before\n<!-- one -->\nold\\1\n<!-- /one -->\nafter\n"
+    assert tables.rewritten(text, {"one": r"new \1"}) == text.replace("old\\1", r"new \1")
+    for names in ((), ("one", "two")):
+        with pytest.raises(ValueError, match="the text has the markers"):
+            tables.rewritten(text, dict.fromkeys(names, "table"))
 
 
 @pytest.mark.parametrize("network", contenders.NETWORKS)

@@ -154,8 +154,8 @@ def test_odd_pictures_are_predicted_as_they_were_evaluated(odd_run):
     assert len(np.unique(expected, axis=0)) == 7, "three of the nine show the same"
 
 
-def test_every_test_that_the_readme_names_exists():
-    named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "README.md").read_text())
+def test_every_test_that_a_promise_names_exists():
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "docs/robustness.md").read_text())
     assert len(named) > 20
     for file, function in named:
         source = (ROOT / "tests" / f"{file}.py").read_text()
