@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imgcls import experiment
-from imgcls.data.splits import TrainOrder, eval_order
+from imgcls.data.order import TrainOrder, eval_order
 from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.evaluation.report import SAMPLES

@@ -22,7 +22,7 @@ from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import resnet
 from imgcls.state import create_state
-from tests.conftest import ROOT, small_config
+from tests.conftest import ROOT, all_images, small_config
 from tests.untrained_run import write_untrained_run
 
 needs_onnx = pytest.mark.skipif(
@@ -101,7 +101,7 @@ def random_images(config, examples, seed=0):
 
 def random_split(config, examples=30):
     labels = np.arange(examples, dtype=np.int32) % len(NAMES)
-    return Split("test", random_images(config, examples), labels, range(examples), NAMES)
+    return Split("test", [random_images(config, examples)], labels, range(examples), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +226,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 def test_without_onnx_a_line_says_what_to_install(tmp_path):
     code = (
         "import runpy, sys; sys.modules['onnxruntime'] = None; "
-        "runpy.run_module('imgcls.inference.export', run_name='__main__', alter_sys=True)"
+        "runpy.run_module('imgcls', run_name='__main__', alter_sys=True)"
     )
-    result = run("--workdir=nowhere", "--format=onnx", "--output=x", code=("-c", code))
+    code = ("-c", code, "export")
+    result = run("--workdir=nowhere", "--format=onnx", "--output=x", code=code)
     assert result.returncode == 2
     assert result.stderr == (
         "error: --format=onnx needs more: pip install -r requirements-onnx.txt\n"
@@ -244,7 +245,8 @@ def test_the_command(tmp_path):
     assert not (workdir / "test_evaluations.jsonl").exists()
     classifier = load(workdir)
     (test,) = experiment.open_splits(classifier.config, "test")
-    found = np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(test.images))
-    np.testing.assert_allclose(found, classifier(test.images), atol=1e-6)
+    images = all_images(test)
+    found = np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
+    np.testing.assert_allclose(found, classifier(images), atol=1e-6)
     accuracy = (found.argmax(1) == test.labels).mean()
     assert line.startswith(f"{path}: accuracy {accuracy:.4f}, the model's {accuracy:.4f}, on 50 ")

@@ -261,5 +261,5 @@ def main(_: list[str]) -> None:
             f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "
             f"data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
         )
-    path = write_report(workdir, gallery_images=examples.images.__getitem__)
+    path = write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     logs.say(f"wrote {path}")

@@ -124,7 +124,8 @@ def export(classifier: Classifier, test: Split, path: Path, *, file_format: str)
     """
     write, read = FORMATS[file_format]
     model = FloatModel(classifier)
-    images, labels = test.images[:EXAMPLES], test.labels[:EXAMPLES]
+    batch = test.read(np.arange(min(EXAMPLES, len(test))))
+    images, labels = batch["image"], batch["label"]
     starts = range(0, len(images), BATCH_SIZE)
     # By default TPUs, and some GPUs, round the factors of float32 products to fewer bits.
     with jax.default_matmul_precision("float32"):
