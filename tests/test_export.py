@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -190,20 +189,6 @@ def test_a_file_that_is_not_the_model_is_an_error(mlp, tmp_path, monkeypatch, fa
     assert error.value.exit_code == 1
 
 
-def test_a_file_takes_its_name_when_all_went_well(tmp_path):
-    path = tmp_path / "new/model"
-    for text, error in (("one", None), ("two", ValueError), ("three", None)):
-        try:
-            with module._replacing(path) as temporary:
-                temporary.write_text(text)
-                if error:
-                    raise error
-        except ValueError:
-            assert path.read_text() == "one"
-        assert list(path.parent.iterdir()) == [path]
-    assert path.read_text() == "three"
-
-
 def run(*arguments, code=("-m", "imgcls", "export")):
     command = [sys.executable, *code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -211,15 +196,10 @@ def run(*arguments, code=("-m", "imgcls", "export")):
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path, Path("."), Path("/"), tmp_path / "file/model"):
-        with (
-            pytest.raises(UserError, match="--output=.* cannot be written"),
-            module._replacing(path),
-        ):
-            raise AssertionError
-    result = run("--workdir=nowhere", "--format=stablehlo", f"--output={tmp_path}")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --output={tmp_path} cannot be written")
+    for path in (tmp_path, tmp_path / "file/model"):
+        result = run("--workdir=nowhere", "--format=stablehlo", f"--output={path}")
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: --output={path} cannot be written")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -26,6 +26,7 @@ from imgcls.errors import UserError
 from imgcls.evaluation import figures
 from imgcls.experiment import flatten, load_config, open_splits
 from imgcls.run import cli, logs
+from imgcls.run.files import write_bytes
 from imgcls.run.workdir import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -142,7 +143,7 @@ def write_page(path: Path, page: str) -> Path:
     """Writes the page; UserError where the file system refuses."""
     try:
         # A file name that is not UTF-8 comes with lone surrogates, which UTF-8 cannot write.
-        path.write_bytes(page.encode("utf-8", errors="replace"))
+        write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path

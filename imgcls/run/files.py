@@ -14,11 +14,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` at the end of the block, unless the block raises.
 
     A reader, a kill or a power cut finds the old file or the new one, whole. Until then the file
-    has a name in the same folder that nobody can guess; a link at `path` is replaced, not followed.
+    has a name in the same folder that nobody can guess. A link at `path` is replaced, not followed.
 
     Raises:
-        OSError: the folder or the disk refuses.
+        OSError: the folder or the disk refuses, or `path` is a folder or a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it is not a regular file", str(path))
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("x+b") as file:
@@ -36,6 +38,29 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replaces the content of a file; see `replacing`."""
     with replacing(path) as file:
         file.write(content)
+
+
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Appends a line, and first ends one that a kill tore. A link is refused with an OSError.
+
+    Args:
+        path: of a file of lines, made where there is none.
+        line: without its end.
+        sync: waits until the line is on the disk.
+    """
+    with open(path, "a+b", opener=_open_no_link) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _sync_folder(folder: Path) -> None:

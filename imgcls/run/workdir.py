@@ -12,6 +12,7 @@ from typing import Any
 
 from imgcls.errors import UserError
 from imgcls.parallel import is_main
+from imgcls.run.files import write_bytes
 
 
 @contextlib.contextmanager
@@ -54,15 +55,9 @@ def claim(workdir: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file in one step: a reader, or a kill, finds the old one or the new one.
-
-    Process 0 writes for all.
-    """
-    if not is_main():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Replaces a JSON file whole, see `files.replacing`. Process 0 writes for all."""
+    if is_main():
+        write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
