@@ -1,11 +1,12 @@
 """A file that tells what happened is whole, and no name leads a write elsewhere."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
-from imgcls.run.files import append_line, replacing, write_bytes
+from imgcls.run.files import append_line, lock, replacing, write_bytes
 
 
 def test_a_file_takes_its_name_when_all_went_well(tmp_path):
@@ -39,6 +40,8 @@ def test_links_are_replaced_or_refused_and_never_followed(tmp_path):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(OSError):
             append_line(tmp_path / name, "more")
+        with pytest.raises(OSError), lock(tmp_path / name, busy=pytest.fail):
+            raise AssertionError
         write_bytes(tmp_path / name, b"new")
         assert (tmp_path / name).read_text() == "new" and not (tmp_path / name).is_symlink()
     assert (tmp_path / "elsewhere").read_text() == "kept" and not (tmp_path / "nowhere").exists()
@@ -69,3 +72,20 @@ def test_an_appended_line_stands_alone_whatever_a_kill_left(tmp_path):
     append_line(path, "two", sync=True)
     append_line(path, "drei ü")
     assert path.read_text(encoding="utf-8") == "one\nto\ntwo\ndrei ü\n"
+
+
+def test_a_lock_says_who_holds_it_and_is_free_afterwards(tmp_path):
+    path, told = tmp_path / "lock", []
+
+    def refuse(process):
+        told.append(process)
+        raise TimeoutError
+
+    with lock(path, busy=pytest.fail):
+        with pytest.raises(TimeoutError), lock(path, busy=refuse):
+            raise AssertionError
+    assert told == [str(os.getpid())]
+    held = contextlib.ExitStack()
+    held.enter_context(lock(path, busy=pytest.fail))
+    with lock(path, busy=lambda _: held.close()):  # which lets the wait end
+        pass

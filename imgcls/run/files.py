@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +74,33 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, busy: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of a file, which the kernel frees however the process ends.
+
+    A warning says where the file system has no locks. A link is refused with an OSError.
+
+    Args:
+        path: of the file, made where there is none.
+        busy: called where a process holds the lock, with its id; raises, or returns to wait for it.
+    """
+    with open(path, "a+", encoding="ascii", opener=_open_no_link) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            busy(file.read().strip())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            logging.warning("%s cannot be locked here: use %s once at a time", path, path.parent)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def cache_folder(kind: str) -> Path:
