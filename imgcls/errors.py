@@ -4,6 +4,7 @@ Anything else that escapes is a defect of this project and keeps its traceback.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -49,6 +50,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "did you mean X?" of the nearest of the known names; empty where none is near."""
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else ""
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Escapes control characters, line ends and undecodable bytes; distinct texts stay distinct."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
+        for char in os.fspath(text)
+    )
 
 
 def first_line(error: BaseException) -> str:

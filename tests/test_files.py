@@ -81,9 +81,8 @@ def test_a_lock_says_who_holds_it_and_is_free_afterwards(tmp_path):
         told.append(process)
         raise TimeoutError
 
-    with lock(path, busy=pytest.fail):
-        with pytest.raises(TimeoutError), lock(path, busy=refuse):
-            raise AssertionError
+    with lock(path, busy=pytest.fail), pytest.raises(TimeoutError), lock(path, busy=refuse):
+        raise AssertionError
     assert told == [str(os.getpid())]
     held = contextlib.ExitStack()
     held.enter_context(lock(path, busy=pytest.fail))

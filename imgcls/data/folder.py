@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgcls.data.images import DECODER, decode_image, printable
-from imgcls.errors import UserError
+from imgcls.data.images import DECODER, decode_image
+from imgcls.errors import UserError, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
 SPLIT_FOLDERS = {

@@ -19,8 +19,8 @@ import numpy as np
 from absl import flags
 
 from imgcls.data.folder import walk
-from imgcls.data.images import decode_image, fit_image, printable
-from imgcls.errors import BadExampleError, UserError
+from imgcls.data.images import decode_image, fit_image
+from imgcls.errors import BadExampleError, UserError, printable
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import say
