@@ -71,7 +71,8 @@ class Imgcls:
         @cache
         def split(count: int) -> Split:
             names = tuple(f"class {k}" for k in range(CLASSES))
-            return Split("random", *random_images(config, count), range(count), names)
+            images, labels = random_images(config, count)
+            return Split("random", [images], labels, range(count), names)
 
         machine.start()
         examples = examples or config.train.batch_size

@@ -56,7 +56,7 @@ def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dic
     return {
         "images_per_second": batch_size * steps / (time.perf_counter() - started),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "data_mib": run.splits["train"].images.nbytes / 2**20,
+        "data_mib": run.splits["train"].parts[0].nbytes / 2**20,
     }
 
 

@@ -4,6 +4,7 @@ Anything else that escapes is a defect of this project and keeps its traceback.
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -50,6 +51,14 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
     near = known if len(known) == 1 else difflib.get_close_matches(name, known, 1)
     return f"did you mean {prefix}{near[0]}?" if near else ""
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    """Escapes control characters, line ends and undecodable bytes; distinct texts stay distinct."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
+        for char in os.fspath(text)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from imgcls.augment import Augment, compose, resized
 from imgcls.config import from_json, own_values
+from imgcls.data.order import TrainOrder, eval_order
 from imgcls.data.sources import open_sources
-from imgcls.data.splits import Split, TrainOrder, eval_order, load_splits, overlapping
+from imgcls.data.splits import Split, load_splits, overlapping
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule

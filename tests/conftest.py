@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -51,6 +52,11 @@ def small_config(model: str = "cnn", **overrides) -> ConfigDict:
         section, name = key.split("__") if "__" in key else (None, key)
         (config[section] if section else config)[name] = value
     return config
+
+
+def all_images(split):
+    """uint8[N, H, W, C] of a split."""
+    return split.read(np.arange(len(split)))["image"]
 
 
 def flags_of(config: ConfigDict) -> list[str]:

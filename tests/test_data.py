@@ -1,8 +1,11 @@
 """Every example exactly once, in an order that (seed, epoch) alone decide, and decoded once."""
 
+import os
+
 import numpy as np
 import pytest
 
+from imgcls.data import order as orders
 from imgcls.data import splits
 from imgcls.errors import BadExampleError, UserError
 
@@ -32,6 +35,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def numbers(split):
+    """The numbers of the source's examples, as their images show them."""
+    return split.read(np.arange(len(split)))["image"][:, 0, 0, 0].tolist()
+
+
 def load(sources, *specs, **options):
     options = {"image_size": (4, 4), "channels": 1, "resize": "squash"} | options
     return splits.load_splits(sources, specs, **options)
@@ -40,9 +48,9 @@ def load(sources, *specs, **options):
 def test_split_strings_cut_every_source():
     sources = {"train": Numbers(10), "test": Numbers(4, fingerprint="other")}
     first, last, both = load(sources, "train[:80%]", "train[80%:]", "train[8:]+test")
-    assert first.images[:, 0, 0, 0].tolist() == list(range(8))
-    assert last.images[:, 0, 0, 0].tolist() == [8, 9]
-    assert both.images[:, 0, 0, 0].tolist() == [8, 9, 0, 1, 2, 3]
+    assert numbers(first) == list(range(8))
+    assert numbers(last) == [8, 9]
+    assert numbers(both) == [8, 9, 0, 1, 2, 3]
     assert both.ids == ["train:8", "train:9", "test:0", "test:1", "test:2", "test:3"]
 
 
@@ -64,7 +72,7 @@ def test_overlap_is_seen():
 
 
 def test_training_takes_each_example_at_most_once_an_epoch_and_fairly_over_epochs():
-    order = splits.TrainOrder(10, batch_size=3, seed=1)
+    order = orders.TrainOrder(10, batch_size=3, seed=1)
     seen = np.zeros(10, int)
     for epoch in range(200):
         taken = np.concatenate([order[epoch * 3 + i] for i in range(3)])
@@ -74,40 +82,78 @@ def test_training_takes_each_example_at_most_once_an_epoch_and_fairly_over_epoch
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    a, b = (splits.epoch_order(100, seed=1, epoch=3) for _ in range(2))
+    a, b = (orders.epoch_order(100, seed=1, epoch=3) for _ in range(2))
     assert (a == b).all()
-    assert (a != splits.epoch_order(100, seed=1, epoch=4)).any()
-    assert (a != splits.epoch_order(100, seed=2, epoch=3)).any()
+    assert (a != orders.epoch_order(100, seed=1, epoch=4)).any()
+    assert (a != orders.epoch_order(100, seed=2, epoch=3)).any()
     # The steps of an epoch can be asked for in any order.
-    order = splits.TrainOrder(100, batch_size=10, seed=1)
+    order = orders.TrainOrder(100, batch_size=10, seed=1)
     last, first = order[39], order[30]
     assert (first == a[:10]).all() and (last == a[90:]).all()
 
 
 def test_alternating_flip_shows_both_views_of_each_image_in_any_two_epochs():
-    order = splits.TrainOrder(100, batch_size=10, seed=1)
+    order = orders.TrainOrder(100, batch_size=10, seed=1)
     everything = np.arange(100)
     first, second, third = (order.mirrored(everything, step) for step in (9, 10, 20))
     assert 30 < first.sum() < 70
     assert (first != second).all() and (first == third).all()
     assert (order.mirrored(everything[::-1], 0) == first[::-1]).all()
-    assert (splits.TrainOrder(100, batch_size=10, seed=2).mirrored(everything, 0) != first).any()
+    assert (orders.TrainOrder(100, batch_size=10, seed=2).mirrored(everything, 0) != first).any()
 
 
 def test_evaluation_takes_each_example_exactly_once():
-    (split,) = load({"train": Numbers(10)}, "train")
-    batches = [split.read(i) for i in splits.eval_order(10, batch_size=4)]
-    assert [len(b["label"]) for b in batches] == [4, 4, 4]
-    images = np.concatenate([b["image"][b["mask"]] for b in batches])
-    assert images[:, 0, 0, 0].tolist() == list(range(10))
-    assert not batches[-1]["image"][2:].any() and not batches[-1]["label"][2:].any()
+    sources = {"train": Numbers(10), "test": Numbers(4, fingerprint="other")}
+    for spec, expected in (("train", [*range(10)]), ("test[2:]+train[:8]", [2, 3, *range(8)])):
+        (split,) = load(sources, spec)
+        batches = [split.read(i) for i in orders.eval_order(10, batch_size=4)]
+        assert [len(b["label"]) for b in batches] == [4, 4, 4]
+        images, labels = (
+            np.concatenate([b[key][b["mask"]] for b in batches]) for key in ("image", "label")
+        )
+        assert images[:, 0, 0, 0].tolist() == expected
+        assert labels.tolist() == [i % 2 for i in expected] and labels.dtype == np.int32
+        assert not batches[-1]["image"][2:].any() and not batches[-1]["label"][2:].any()
 
 
 def test_a_second_load_decodes_nothing():
     load({"train": Numbers(10)}, "train")
     source = Numbers(10)
     (split,) = load({"train": source}, "train")
-    assert source.reads == 0 and split.images[7, 0, 0, 0] == 7
+    assert source.reads == 0 and numbers(split) == list(range(10))
+
+
+def test_labels_may_be_vectors():
+    for _ in range(2):  # decoded, then from the cache
+        sources = {"train": Numbers(10, label=lambda i: [i / 2, 1 - i, 0.5])}
+        (split,) = load(sources, "train[5:]")
+        batch = split.read(np.array([4, -1]))
+        assert batch["label"].dtype == np.float32
+        assert batch["label"].tolist() == [[4.5, -8, 0.5], [0, 0, 0]]
+
+
+def test_the_fingerprint_is_that_of_the_content_however_it_came_here(tmp_path):
+    def fingerprint(spec="train", **changed):
+        (split,) = load({"train": Numbers(10, **changed)}, spec)
+        return split.fingerprint
+
+    first = fingerprint()
+    assert first == fingerprint() == fingerprint("train[:4]+train[4:]")
+    assert first == fingerprint(fingerprint="other files of the same content")
+    (split,) = load({"train": Numbers(10)}, "train")
+    images, labels = (split.read(np.arange(10))[key] for key in ("image", "label"))
+    assert splits.Split("x", [images], labels, split.ids, split.class_names).fingerprint == first
+    others = [
+        fingerprint("train[:9]"),
+        fingerprint("train[5:]+train[:5]"),
+        fingerprint(fingerprint="another label", label=lambda i: i % 2 ^ (i == 3)),
+        splits.Split("x", [images ^ 1], labels, split.ids, split.class_names).fingerprint,
+        splits.Split("x", [images], labels, range(10), split.class_names).fingerprint,
+        splits.Split(
+            "x", [images.reshape(10, 2, 8, 1)], labels, split.ids, split.class_names
+        ).fingerprint,
+    ]
+    assert len({first, *others}) == 1 + len(others)
 
 
 def test_the_cache_is_keyed_by_source_size_and_resize():
@@ -123,18 +169,31 @@ def test_the_cache_is_keyed_by_source_size_and_resize():
 
 def test_a_truncated_cache_is_decoded_again(tmp_path):
     load({"train": Numbers(10)}, "train")
-    (images,) = tmp_path.rglob("images.npy")
-    images.write_bytes(images.read_bytes()[:-5])
-    source = Numbers(10)
-    (split,) = load({"train": source}, "train")
-    assert source.reads == 10 and split.images[9, 0, 0, 0] == 9
+    (entry,) = (tmp_path / "cache/imgcls/datasets").iterdir()
+    content = entry.read_bytes()
+    for size in (0, 5, 130, len(content) // 2, len(content) - 5):
+        os.truncate(entry, size)
+        source = Numbers(10)
+        (split,) = load({"train": source}, "train")
+        assert source.reads == 10 and numbers(split) == list(range(10))
+        assert entry.read_bytes() == content
+
+
+def test_an_entry_that_cannot_be_read_is_left_alone(tmp_path, caplog):
+    load({"train": Numbers(10)}, "train")
+    (entry,) = (tmp_path / "cache/imgcls/datasets").iterdir()
+    entry.unlink()
+    entry.mkdir()  # root, too, may not read this
+    (split,) = load({"train": Numbers(10)}, "train")
+    assert numbers(split) == list(range(10)) and entry.is_dir()
+    assert "cannot cache" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (split,) = load({"train": Numbers(10)}, "train")
-    assert len(split) == 10
+    assert numbers(split) == list(range(10))
 
 
 def test_unreadable_examples_are_listed_or_skipped_up_to_the_limit():
@@ -142,8 +201,10 @@ def test_unreadable_examples_are_listed_or_skipped_up_to_the_limit():
         load({"train": Numbers(10, bad=(3, 5))}, "train", skip_bad=1)
     for _ in range(2):  # decoded, then from the cache
         (split,) = load({"train": Numbers(10, bad=(3, 5))}, "train", skip_bad=2)
-        assert split.ids[3] == "train:4" and split.images[3, 0, 0, 0] == 4
+        assert split.ids[3] == "train:4" and numbers(split) == [0, 1, 2, 4, 6, 7, 8, 9]
         assert len(split) == len(split.labels) == len(split.ids) == 8
+        halves = load({"train": Numbers(10, bad=(3, 5))}, "train[:5]", "train[5:]", skip_bad=2)
+        assert [numbers(half) for half in halves] == [[0, 1, 2, 4], [6, 7, 8, 9]]
     with pytest.raises(UserError, match="2 unreadable"):
         load({"train": Numbers(10, bad=(3, 5))}, "train", skip_bad=1)
 

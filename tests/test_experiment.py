@@ -27,7 +27,7 @@ def random_split(config, examples=4, classes=10):
     images = rng.integers(0, 256, (examples, *shape), np.uint8)
     labels = np.arange(examples, dtype=np.int32) % classes
     names = tuple(map(str, range(classes)))
-    return Split("random", images, labels, [str(i) for i in range(examples)], names)
+    return Split("random", [images], labels, [str(i) for i in range(examples)], names)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

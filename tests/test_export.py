@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from imgcls.inference import export as module
 from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import resnet
-from tests.conftest import ROOT, small_config
+from tests.conftest import ROOT, all_images, small_config
 from tests.untrained_run import write_untrained_run
 
 needs_onnx = pytest.mark.skipif(
@@ -89,7 +88,7 @@ def random_images(config, examples, seed=0):
 
 def random_split(config, examples=30):
     labels = np.arange(examples, dtype=np.int32) % len(NAMES)
-    return Split("test", random_images(config, examples), labels, range(examples), NAMES)
+    return Split("test", [random_images(config, examples)], labels, range(examples), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -178,20 +177,6 @@ def test_a_file_that_is_not_the_model_is_an_error(mlp, tmp_path, monkeypatch, fa
     assert error.value.exit_code == 1
 
 
-def test_a_file_takes_its_name_when_all_went_well(tmp_path):
-    path = tmp_path / "new/model"
-    for text, error in (("one", None), ("two", ValueError), ("three", None)):
-        try:
-            with module._replacing(path) as temporary:
-                temporary.write_text(text)
-                if error:
-                    raise error
-        except ValueError:
-            assert path.read_text() == "one"
-        assert list(path.parent.iterdir()) == [path]
-    assert path.read_text() == "three"
-
-
 def run(*arguments, code=("-m", "imgcls", "export")):
     command = [sys.executable, *code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -199,15 +184,10 @@ def run(*arguments, code=("-m", "imgcls", "export")):
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path, Path("."), Path("/"), tmp_path / "file/model"):
-        with (
-            pytest.raises(UserError, match="--output=.* cannot be written"),
-            module._replacing(path),
-        ):
-            raise AssertionError
-    result = run("--workdir=nowhere", "--format=stablehlo", f"--output={tmp_path}")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --output={tmp_path} cannot be written")
+    for path in (tmp_path, tmp_path / "file/model"):
+        result = run("--workdir=nowhere", "--format=stablehlo", f"--output={path}")
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: --output={path} cannot be written")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -230,7 +210,8 @@ def test_the_command(tmp_path):
     assert not (workdir / "test_evaluations.jsonl").exists()
     classifier = load(workdir)
     (test,) = experiment.open_splits(classifier.config, "test")
-    found = np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(test.images))
-    np.testing.assert_allclose(found, classifier(test.images), atol=1e-6)
+    images = all_images(test)
+    found = np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images))
+    np.testing.assert_allclose(found, classifier(images), atol=1e-6)
     accuracy = (found.argmax(1) == test.labels).mean()
     assert line.startswith(f"{path}: accuracy {accuracy:.4f}, the model's {accuracy:.4f}, on 50 ")

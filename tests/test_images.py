@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from imgcls.data.images import MAX_PIXELS, decode_image, fit_image, printable
-from imgcls.errors import BadExampleError
+from imgcls.data.images import MAX_PIXELS, decode_image, fit_image
+from imgcls.errors import BadExampleError, printable
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (6, 9, 3), np.uint8)

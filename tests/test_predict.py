@@ -15,7 +15,7 @@ from imgcls.errors import BadExampleError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
 from imgcls.inference.predict import find_files, predict
-from tests.conftest import ROOT, small_config
+from tests.conftest import ROOT, all_images, small_config
 from tests.untrained_run import write_untrained_run
 
 
@@ -36,7 +36,7 @@ def digits(classifier, workdir):
     """The test images, after their evaluation."""
     (test,) = experiment.open_splits(classifier.config, "test")
     evaluate(classifier, {"test": test}, workdir, split="test", checkpoint="latest")
-    return test.images
+    return all_images(test)
 
 
 @pytest.fixture(scope="module")

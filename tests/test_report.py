@@ -293,7 +293,7 @@ def test_files_that_are_missing_or_broken_are_named(run):
     fails("results.json is broken")
     (run / "report.html").mkdir()
     write_run(run, *random_logits(200, 7))
-    fails("cannot write .*report.html: Is a directory")
+    fails("cannot write .*report.html: it is not a regular file")
 
 
 @pytest.mark.parametrize(

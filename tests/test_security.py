@@ -1,6 +1,7 @@
 """Nothing that was read is executed, and nothing is written outside, whatever names say."""
 
 import _pickle
+import io
 import multiprocessing.reduction
 import os
 import pickle
@@ -13,11 +14,11 @@ import pytest
 from PIL import Image
 
 from imgcls import experiment, load
-from imgcls.data import splits
+from imgcls.data import cache
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.inference.predict import predict
 from imgcls.train import train_and_evaluate
-from tests.conftest import ROOT, small_config
+from tests.conftest import ROOT, all_images, small_config
 from tests.test_export import needs_onnx
 from tests.untrained_run import write_untrained_run
 
@@ -46,7 +47,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_checkpoint_and_a_cache_are_read_without_pickle(workdir, no_pickle, monkeypatch):
-    monkeypatch.setattr(splits, "_decode", lambda *_, **__: pytest.fail("it was not in the cache"))
+    monkeypatch.setattr(cache, "_decode", lambda *_, **__: pytest.fail("it was not in the cache"))
     classifier = load(workdir)
     (test,) = experiment.open_splits(classifier.config, "test")
     assert classifier.logits(test).shape == (50, 10)
@@ -60,7 +61,7 @@ def test_an_export_is_read_without_pickle(workdir, file_format, tmp_path, reques
     (test,) = experiment.open_splits(classifier.config, "test")
     export(classifier, test, tmp_path / "model", file_format=file_format)
     request.getfixturevalue("no_pickle")
-    found = FORMATS[file_format][1](tmp_path / "model", FloatModel(classifier))(test.images)
+    found = FORMATS[file_format][1](tmp_path / "model", FloatModel(classifier))(all_images(test))
     assert np.shape(found) == (50, 10)
 
 
@@ -74,12 +75,17 @@ class Trap:
 
 def test_a_pickle_in_the_cache_is_decoded_again_and_not_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (expected,) = experiment.open_splits(small_config(), "test")
-    for path in tmp_path.rglob("*.npy"):
-        np.save(path, np.array([Trap(tmp_path / "sprung")], object), allow_pickle=True)
-    (found,) = experiment.open_splits(small_config(), "test")
-    np.testing.assert_array_equal(found.images, expected.images)
-    assert "is damaged" in caplog.text and not (tmp_path / "sprung").exists()
+    expected = all_images(*experiment.open_splits(small_config(), "test"))
+    (path,) = (tmp_path / "cache/imgcls/datasets").iterdir()
+    content, pickled = path.read_bytes(), io.BytesIO()
+    np.save(pickled, np.array([Trap(tmp_path / "sprung")], object), allow_pickle=True)
+    for kept in (0, 128 + 360 * 64):  # none of the arrays, then the images
+        path.write_bytes(content[:kept] + 3 * pickled.getvalue())
+        found = all_images(*experiment.open_splits(small_config(), "test"))
+        np.testing.assert_array_equal(found, expected)
+        assert "is damaged" in caplog.text and not (tmp_path / "sprung").exists()
+        assert path.read_bytes() == content
+        caplog.clear()
 
 
 # Class and file names as an attacker, or a careless colleague, may choose them.

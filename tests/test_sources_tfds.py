@@ -300,7 +300,7 @@ def test_the_child_ends_with_its_parent(number, copy):
 DROPPED = """
 import os, signal, sys, time
 from imgcls.errors import UserError
-from imgcls.data.sources import prepare
+from imgcls.data import prepare
 
 def drops_the_interrupt(*_):
     try:

@@ -17,7 +17,7 @@ def write_untrained_run(workdir: Path, config: ConfigDict, class_names: tuple[st
     shape = (examples, *config.data.image_size, config.data.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = np.arange(examples, dtype=np.int32) % len(class_names)
-    train = Split("train", images, labels, [str(i) for i in range(examples)], class_names)
+    train = Split("train", [images], labels, [str(i) for i in range(examples)], class_names)
     state = Experiment(config, splits={"train": train}).compile_init()()
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", to_json(config))

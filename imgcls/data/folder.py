@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgcls.data.images import DECODER, decode_image, printable
-from imgcls.errors import UserError
+from imgcls.data.images import DECODER, decode_image
+from imgcls.errors import UserError, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
 SPLIT_FOLDERS = {
@@ -82,7 +82,7 @@ def open_folder(
     if not os.path.isdir(root):
         raise UserError(f"{shown} is not a directory; name one with --config.data.dir")
 
-    folders = [entry.name for entry in _scan(root, follow_links)[0]]
+    folders = [entry.name for entry in scan(root, follow_links)[0]]
     if "train" in folders and set(folders) <= set(SPLIT_FOLDERS):
         if len({SPLIT_FOLDERS[folder] for folder in folders}) < len(folders):
             raise UserError(f"{shown} has two validation folders; keep one")
@@ -100,7 +100,30 @@ def open_folder(
     return {name: FolderSource(root, split, classes, channels) for name, split in splits.items()}
 
 
-def _scan(
+def walk(
+    directory: str,
+    *,
+    follow_links: bool = True,
+    refuse_loops: bool = True,
+    above: tuple[Path, ...] = (),
+) -> Iterator[os.DirEntry[str]]:
+    """The files below a folder at any depth, in no order; those that `scan` leaves out are not.
+
+    A link back to a folder around it is refused with a UserError, or else left out.
+    """
+    real = Path(directory).resolve()
+    if any(folder.is_relative_to(real) for folder in above):
+        if refuse_loops:
+            raise UserError(f"{printable(directory)} links back to a folder around it; remove it")
+        return
+    folders, files = scan(directory, follow_links)
+    yield from files
+    options = {"follow_links": follow_links, "refuse_loops": refuse_loops}
+    for entry in folders:
+        yield from walk(entry.path, above=(*above, real), **options)
+
+
+def scan(
     directory: str, follow_links: bool
 ) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
     """Lists the folders and the files of a directory, without hidden ones, pipes and the like."""
@@ -122,22 +145,15 @@ def _scan(
 
 
 def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
-    folders, _ = _scan(directory, follow_links)
-    return {entry.name: list(_walk(entry.path, root, follow_links)) for entry in folders}
-
-
-def _walk(
-    directory: str, root: str, follow_links: bool, above: tuple[Path, ...] = ()
-) -> Iterator[_File]:
-    real = Path(directory).resolve()
-    if any(folder.is_relative_to(real) for folder in above):
-        raise UserError(f"{printable(directory)} links back to a folder around it; remove it")
-    folders, files = _scan(directory, follow_links)
-    for entry in files:
+    def file(entry: os.DirEntry[str]) -> _File:
         stat = entry.stat(follow_symlinks=entry.is_file())
-        yield _File(os.path.relpath(entry.path, root), stat.st_size, stat.st_mtime_ns)
-    for entry in folders:
-        yield from _walk(entry.path, root, follow_links, (*above, real))
+        return _File(os.path.relpath(entry.path, root), stat.st_size, stat.st_mtime_ns)
+
+    folders, _ = scan(directory, follow_links)
+    return {
+        entry.name: [file(found) for found in walk(entry.path, follow_links=follow_links)]
+        for entry in folders
+    }
 
 
 def _carve(train: _Split, held_out: tuple[str, ...]) -> dict[str, _Split]:

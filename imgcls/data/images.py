@@ -8,7 +8,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imgcls.errors import BadExampleError
+from imgcls.errors import BadExampleError, printable
 
 # Nothing else is ever opened: Pillow would hand an EPS file to Ghostscript, for one.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -20,14 +20,6 @@ BACKGROUND = (255, 255, 255, 255)
 DECODER = f"Pillow {PIL.__version__}"
 
 _EXIF_ORIENTATION = 0x0112
-
-
-def printable(text: str | os.PathLike[str]) -> str:
-    """Escapes control characters, line ends and undecodable bytes; distinct texts stay distinct."""
-    return "".join(
-        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
-        for char in os.fspath(text)
-    )
 
 
 def decode_image(

@@ -6,7 +6,6 @@ line that says what is wrong, and ends when its standard input does.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import logging
@@ -15,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,35 +22,28 @@ from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileForma
 
 from imgcls.data.tfds import check_features, find, has_array_record, load, one_line, parse
 from imgcls.errors import UserError
+from imgcls.run.files import lock
 
 _stopping = threading.Event()
 
 
 def prepare(name: str, root: Path) -> Path:
     """Returns the version directory of a dataset, now with array_record files."""
-    with _lock(root, parse(name)[0]):
+    dataset = parse(name)[0]
+    waiting = f"waiting for another process that prepares {dataset} in {root}"
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(root / f".{dataset}.lock", busy=lambda _: _say(waiting)))
+        except OSError as error:
+            raise UserError(
+                f"{dataset} must be prepared in {root}, which can't be written to "
+                f"({error.strerror}); name another directory with --config.data.dir"
+            ) from error
         directory = find(name, root) or _download(name, root)
         if not has_array_record(load(directory)):
             _convert(directory)
         return directory
-
-
-@contextlib.contextmanager
-def _lock(root: Path, dataset: str) -> Iterator[None]:
-    """Lets one process at a time prepare a dataset; the system frees it when the holder dies."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f".{dataset}.lock").open("w")
-    except OSError as error:
-        why = f"{dataset} must be prepared in {root}, which can't be written to ({error.strerror})"
-        raise UserError(f"{why}; name another directory with --config.data.dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"waiting for another process that prepares {dataset} in {root}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _download(name: str, root: Path) -> Path:

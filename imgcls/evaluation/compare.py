@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from imgcls.errors import UserError
+from imgcls.errors import UserError, printable
 from imgcls.evaluation import figures, report
 from imgcls.evaluation.report import Run, duration, percent, plain
 from imgcls.run.logs import say
@@ -140,19 +140,18 @@ def as_text(comparison: dict[str, Any]) -> str:
 def _changed_classes(per_class: list[dict[str, Any]], index: int) -> str:
     changes = [(r["recall"][index] - r["recall"][0], r["name"]) for r in per_class if r["support"]]
     changes = sorted((c for c in changes if c[0]), key=lambda c: -abs(c[0]))[:CHANGED_CLASSES]
-    named = ", ".join(f"{_printable(name)} {100 * change:+.1f}" for change, name in changes)
+    named = ", ".join(f"{_cell(name)} {100 * change:+.1f}" for change, name in changes)
     return f"recall changed most: {named}" if named else "no class's recall changed"
 
 
 def _table(rows: list[list[str]]) -> str:
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    rows = [[_cell(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _printable(text: str) -> str:
-    """One line without the control characters through which a name could drive a terminal."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+def _cell(text: str) -> str:
+    text = printable(text)
     return text if len(text) <= 48 else text[:47] + "…"
 
 

@@ -8,7 +8,6 @@ names, results_<split>_<checkpoint>.json for any other, and predictions*.npz bes
 the logits of several views of each image are averaged too: a second figure beside the plain one.
 """
 
-import dataclasses
 import datetime
 import json
 from collections.abc import Callable
@@ -93,8 +92,7 @@ def evaluate(
         **scores,
     }
     if tta:
-        views = [dataclasses.replace(examples, images=view) for view in VIEWS[tta](examples.images)]
-        mean = sum(classifier.logits(view, poll=poll) for view in views) / len(views)
+        mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
         averaged = score(classifier.experiment.task, mean, examples.labels, examples.class_names)
         keys = ("top1", "top1_interval", "top5", "loss")
         averaged = {key: averaged[key] for key in keys if key in averaged}
@@ -110,7 +108,7 @@ def evaluate(
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
     if official:
-        write_report(workdir, gallery_images=examples.images.__getitem__)
+        write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     if tta:
         say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
     say(f"{split} {_shown(scores)}  {path}")

@@ -27,6 +27,7 @@ from imgcls.errors import UserError
 from imgcls.evaluation import figures
 from imgcls.experiment import load_config, open_splits
 from imgcls.run import cli, logs
+from imgcls.run.files import write_bytes
 from imgcls.run.workdir import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -151,7 +152,7 @@ def write_page(path: Path, page: str) -> Path:
     """Writes the page; UserError where the file system refuses."""
     try:
         # A file name that is not UTF-8 comes with lone surrogates, which UTF-8 cannot write.
-        path.write_bytes(page.encode("utf-8", errors="replace"))
+        write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -270,5 +271,5 @@ def main(_: list[str]) -> None:
             f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "
             f"data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
         )
-    path = write_report(workdir, gallery_images=examples.images.__getitem__)
+    path = write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     logs.say(f"wrote {path}")

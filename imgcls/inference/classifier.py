@@ -8,13 +8,20 @@ import jax
 import numpy as np
 
 from imgcls.data.images import fit_image
-from imgcls.data.splits import Split, eval_order
+from imgcls.data.order import eval_order
+from imgcls.data.splits import Split
 from imgcls.experiment import Experiment, load_config
 from imgcls.parallel import put_batch
 from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import progress
 from imgcls.state import TrainState
+
+Views = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def _one_view(images: np.ndarray) -> list[np.ndarray]:
+    return [images]
 
 
 class Classifier:
@@ -48,30 +55,42 @@ class Classifier:
                 )
             fitted[i] = fit_image(image, image_size=size, resize=c.resize)
         zeros = np.zeros(len(fitted), np.int32)
-        split = Split("images", fitted, zeros, range(len(fitted)), self.class_names)
+        split = Split("images", [fitted], zeros, range(len(fitted)), self.class_names)
         rows = [np.zeros((0, len(self.class_names)), np.float32), *self._batches(split)]
         return np.asarray(self.experiment.task.probabilities(np.concatenate(rows)))
 
-    def logits(self, split: Split, *, poll: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Logits float32[N, K] of a split's examples, in order; `poll` runs before each batch."""
+    def logits(
+        self, split: Split, *, views: Views = _one_view, poll: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """Logits float32[N, K] of a split's examples, in order.
+
+        Args:
+            split: what to evaluate.
+            views: uint8[B, H, W, C] -> several such views of the images, whose logits are averaged.
+            poll: called before each batch; may raise to stop.
+        """
         rows = []
         with progress(len(split), f"evaluating {split.name}", "images") as bar:
-            for logits in self._batches(split, poll):
+            for logits in self._batches(split, views, poll):
                 rows.append(logits)
                 bar.update(len(logits))
         return np.concatenate(rows)
 
     def _batches(
-        self, split: Split, poll: Callable[[], None] = lambda: None
+        self, split: Split, views: Views = _one_view, poll: Callable[[], None] = lambda: None
     ) -> Iterator[np.ndarray]:
+        def read(indices: np.ndarray) -> dict[int, np.ndarray]:
+            return dict(enumerate(views(split.read(indices)["image"])))
+
         # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
         devices = jax.device_count()
         enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
         batch_size = min(self.experiment.eval_batch_size, enough)
         for indices in eval_order(len(split), batch_size=batch_size):
             poll()
-            images = put_batch(split.read, indices, self.experiment.mesh)["image"]
-            yield np.asarray(self._predict(self.state, images))[: int((indices >= 0).sum())]
+            images = put_batch(read, indices, self.experiment.mesh).values()
+            logits = [np.asarray(self._predict(self.state, view)) for view in images]
+            yield (sum(logits) / len(logits))[: int((indices >= 0).sum())]
 
 
 def load(workdir: str | Path, checkpoint: str = "") -> Classifier:

@@ -16,11 +16,10 @@ does not count as an evaluation of the test split. Probabilities that differ by 
 an error (exit code 1), and the file is not kept.
 """
 
-import contextlib
 import copy
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli
+from imgcls.run.files import replacing
 from imgcls.run.logs import say
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -122,19 +122,18 @@ def export(classifier: Classifier, test: Split, path: Path, *, file_format: str)
         file_format: a key of `FORMATS`.
 
     Raises:
-        UserError: the path cannot be written, or the model has no ONNX form.
+        OSError: the path cannot be written.
+        UserError: the model has no ONNX form.
         ImgclsError: the file's probabilities differ from the model's.
     """
     write, read = FORMATS[file_format]
     model = FloatModel(classifier)
-    images, labels = test.images[:EXAMPLES], test.labels[:EXAMPLES]
+    batch = test.read(np.arange(min(EXAMPLES, len(test))))
+    images, labels = batch["image"], batch["label"]
     starts = range(0, len(images), BATCH_SIZE)
     # By default TPUs, and some GPUs, round the factors of float32 products to fewer bits.
     with jax.default_matmul_precision("float32"):
-        try:
-            path.write_bytes(write(model))
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        path.write_bytes(write(model))
         theirs, ours = (
             np.concatenate([function(images[i : i + BATCH_SIZE]) for i in starts])
             for function in (read(path, model), jax.jit(model))
@@ -150,26 +149,6 @@ def export(classifier: Classifier, test: Split, path: Path, *, file_format: str)
     return found
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its name at the end, unless there is an error."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a directory")
-        temporary = path.with_name(f".{path.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise UserError(
-            f"--output={path} cannot be written ({error.strerror}): name a file that can be"
-        ) from None
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def define_flags() -> None:
     flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
     flags.DEFINE_string("output", None, "The file to write.")
@@ -183,8 +162,14 @@ def main(_: list[str]) -> None:
     if file_format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         raise UserError("--format=onnx needs more: pip install -r requirements-onnx.txt")
     path = Path(flags.FLAGS.output)
-    with _replacing(path) as temporary:
-        classifier = load(workdir, flags.FLAGS.checkpoint)
-        (test,) = experiment.open_splits(classifier.config, "test")
-        found = export(classifier, test, temporary, file_format=file_format)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:  # refused, if it is, before the work
+            classifier = load(workdir, flags.FLAGS.checkpoint)
+            (test,) = experiment.open_splits(classifier.config, "test")
+            found = export(classifier, test, Path(file.name), file_format=file_format)
+    except OSError as error:
+        raise UserError(
+            f"--output={path} cannot be written ({error.strerror}): name a file that can be"
+        ) from None
     say(f"{path}: {found}")

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import flags
 
-from imgcls.data.folder import IGNORED
-from imgcls.data.images import decode_image, fit_image, printable
-from imgcls.errors import BadExampleError, UserError
+from imgcls.data.folder import walk
+from imgcls.data.images import decode_image, fit_image
+from imgcls.errors import BadExampleError, UserError, printable
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import say
@@ -35,28 +35,13 @@ def find_files(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         if not os.path.exists(argument):
             raise UserError(f"{printable(argument)} does not exist: name pictures or folders")
-        found += sorted(_files_below(argument)) if os.path.isdir(argument) else [argument]
+        if os.path.isdir(argument):
+            found += sorted(entry.path for entry in walk(argument, refuse_loops=False))
+        else:
+            found.append(argument)
     if not found:
         raise UserError("there is no file to predict: name pictures, or folders that hold some")
     return found
-
-
-def _files_below(root: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{printable(error.filename)} cannot be listed: {error.strerror}")
-
-    seen = set()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        again = real in seen  # a link may lead back to a folder above it
-        seen.add(real)
-        folders[:] = [] if again else sorted(f for f in folders if not f.startswith("."))
-        for name in [] if again else files:
-            path = os.path.join(folder, name)
-            # A link to nothing is reported; a pipe would be waited for.
-            regular = os.path.isfile(path) or not os.path.exists(path)
-            if regular and not name.startswith(".") and name.lower() not in IGNORED:
-                yield path
 
 
 def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | BadExampleError]:

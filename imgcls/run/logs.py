@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from imgcls.parallel import is_main
 from imgcls.run.events import EventWriter
+from imgcls.run.files import append_line, write_bytes
 
 # What each row of metrics.jsonl has beside the figures of the task.
 ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
@@ -144,7 +145,6 @@ class MetricWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._cut(start_step, validated_step)
-        self._file = self._path.open("a", encoding="utf-8")
         self._events = EventWriter(workdir, start_step=start_step + 1)
 
     def _cut(self, step: int, validated_step: int) -> None:
@@ -152,9 +152,7 @@ class MetricWriter:
         last = {"validation": validated_step}
         rows = read_metrics(self._path)
         kept = [row for row in rows if row["step"] <= last.get(row["split"], step)]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """One line; NaN and infinity, which JSON lacks, become null."""
@@ -163,8 +161,7 @@ class MetricWriter:
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        append_line(self._path, json.dumps(clean))
         for key, value in row.items():
             if isinstance(value, float):
                 self._events.scalar(f"{row['split']}/{key}", value, row["step"])
@@ -175,7 +172,6 @@ class MetricWriter:
 
     def close(self) -> None:
         if self._writes:
-            self._file.close()
             self._events.close()
 
 

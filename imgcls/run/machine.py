@@ -17,6 +17,7 @@ import psutil
 from ml_collections import ConfigDict
 
 from imgcls.errors import CheckpointError
+from imgcls.run.files import cache_folder
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 # XLA would send convolutions to YNNPACK fusions, two to four times slower than its Eigen path: this
@@ -30,9 +31,8 @@ CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go firs
 
 def start() -> None:
     """To be called once by a process, before JAX computes anything."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / "xla"
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
         # Small programs, too: compiled anew, the start-up check of oneDNN takes a second longer.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

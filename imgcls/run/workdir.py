@@ -1,17 +1,14 @@
 """The directory of a run: claimed by one process, its JSON files replaced whole."""
 
 import contextlib
-import errno
-import fcntl
 import json
-import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from imgcls.errors import UserError
 from imgcls.parallel import is_main
+from imgcls.run.files import lock, write_bytes
 
 
 @contextlib.contextmanager
@@ -23,46 +20,30 @@ def claim(workdir: Path) -> Iterator[None]:
     Raises:
         UserError: it is a file, cannot be written, or is in use by another process.
     """
-    if not is_main():
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a+", encoding="ascii")
-    except OSError as error:
+
+    def refuse(process: str) -> None:
         raise UserError(
-            f"--workdir={workdir} cannot be used ({error.strerror}): name a directory that can be "
-            "created and written"
-        ) from None
-    with lock:
+            f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or use "
+            "another --workdir"
+        )
+
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"--workdir={workdir} is in use by process {lock.read().strip()}: wait for it, "
-                "stop it, or use another --workdir"
-            ) from None
+            if is_main():
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(workdir / ".lock", busy=refuse))
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-            logging.warning("%s cannot be locked here: start only one run in it", workdir)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+            raise UserError(
+                f"--workdir={workdir} cannot be used ({error.strerror}): name a directory that can "
+                "be created and written"
+            ) from None
         yield
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file in one step: a reader, or a kill, finds the old one or the new one.
-
-    Process 0 writes for all.
-    """
-    if not is_main():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Replaces a JSON file whole, see `files.replacing`. Process 0 writes for all."""
+    if is_main():
+        write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""Decodes a source once, into a file of arrays that later runs map into memory.
+
+An entry of the cache is one file: the arrays of `Decoded`, one after the other, as .npy has them.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import psutil
+from numpy.lib import format as npy
+
+from imgcls.data.images import fit_image
+from imgcls.data.sources import Source
+from imgcls.errors import BadExampleError, UserError
+from imgcls.run import files, machine, signals
+from imgcls.run.logs import progress
+
+CACHE_FORMAT = 3  # raise when the entry of an unchanged source would differ
+CHUNK = 250  # examples decoded by one task
+
+
+class Decoded(NamedTuple):
+    """The N readable examples of a source, in its order."""
+
+    images: np.ndarray  # uint8[M, H, W, C]: rows from N on are unused
+    labels: np.ndarray  # int32[N], or float32[N, K] where a label is a vector
+    kept: np.ndarray  # int64[N]: their indices in the source
+    digests: np.ndarray  # uint8[N, 32]: see `digest`
+
+
+def digest(image: np.ndarray, label: np.ndarray) -> bytes:
+    """SHA-256 of a decoded example: of its pixels, then its label."""
+    return hashlib.sha256(image.tobytes() + label.tobytes()).digest()
+
+
+def load(
+    source: Source, name: str, *, shape: tuple[int, int, int], resize: str, skip_bad: int
+) -> Decoded:
+    """Maps the decoded examples from the cache; decodes them first where they are not in it.
+
+    Where the cache cannot be read or written, they are decoded into memory, with a warning.
+
+    Args:
+        source: one base split of a dataset.
+        name: of that split.
+        shape: (height, width, channels) of the decoded images.
+        resize: "squash" or "crop", see `fit_image`.
+        skip_bad: how many examples may be unreadable.
+
+    Raises:
+        UserError: too many unreadable examples, or too little memory and no cache.
+    """
+    key = json.dumps([CACHE_FORMAT, source.fingerprint, shape, resize]).encode()
+    path = files.cache_folder("datasets") / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}"
+    shape = (len(source), *shape)
+    options = {"resize": resize, "skip_bad": skip_bad}
+    try:
+        if (decoded := _read(path, shape)) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as file:
+                decoded = _decode(source, name, _map_new(file, shape), **options)
+                for array in decoded[1:]:
+                    npy.write_array(file, array)
+    except OSError as error:
+        logging.warning("cannot cache decoded images in %s (%s)", path.parent, error)
+        _check_memory(math.prod(shape))
+        decoded = _decode(source, name, np.empty(shape, np.uint8), **options)
+    if (bad := len(source) - len(decoded.kept)) > skip_bad:
+        raise _too_many_bad(bad, skip_bad, ["see an earlier run's warnings"])
+    return decoded
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Decoded | None:
+    """The entry, its images mapped; None where there is none, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            npy.read_magic(file)
+            if npy.read_array_header_1_0(file) != (shape, False, np.dtype(np.uint8)):
+                raise ValueError("images of another shape or type")
+            start = file.tell()
+            file.seek(start + math.prod(shape))
+            labels, kept, digests = (npy.read_array(file, allow_pickle=False) for _ in range(3))
+            if not labels.shape[:1] == kept.shape == digests.shape[:1]:
+                raise ValueError("arrays of different lengths")
+            images = np.memmap(file, np.uint8, "r", start, shape)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        logging.warning("%s is damaged (%s): decoding again", path, error)
+        return None
+    return Decoded(np.asarray(images), labels, kept, digests)
+
+
+def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+    """An array uint8[shape] in a new file, in which the position is then the array's end.
+
+    Its space is reserved: on a full disk, writing to a mapped file would kill the process.
+    """
+    size = math.prod(shape)
+    if size > shutil.disk_usage(file.name).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(file, header)
+    start = file.tell()
+    os.posix_fallocate(file.fileno(), 0, start + size)
+    images = np.memmap(file, np.uint8, "r+", start, shape)
+    file.seek(start + size)
+    return np.asarray(images)
+
+
+def _check_memory(needed: int) -> None:
+    free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise UserError(
+            f"the decoded images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of "
+            "memory are free: lower config.data.image_size, or name a folder on a larger disk for "
+            "the cache with XDG_CACHE_HOME"
+        )
+
+
+def _decode(
+    source: Source, name: str, images: np.ndarray, *, resize: str, skip_bad: int
+) -> Decoded:
+    """Decodes all examples into `images`; unreadable ones leave no gap."""
+    labels: list[Any] = [None] * len(source)
+    digests = np.zeros((len(source), 32), np.uint8)
+
+    def decode(start: int) -> list[tuple[int, str]]:
+        bad = []
+        for i, example in _examples(source, range(start, min(start + CHUNK, len(source)))):
+            signals.poll()
+            if isinstance(example, BadExampleError):
+                bad.append((i, str(example)))
+                continue
+            label = example["label"]
+            labels[i] = np.array(label, np.float32 if np.ndim(label) else np.int32)
+            images[i] = fit_image(example["image"], image_size=images.shape[1:3], resize=resize)
+            digests[i] = np.frombuffer(digest(images[i], labels[i]), np.uint8)
+        return bad
+
+    bad = []
+    starts = range(0, len(source), CHUNK)
+    executor = ThreadPoolExecutor(machine.cpu_cores())  # Pillow releases the GIL
+    try:
+        results = executor.map(decode, starts)
+        with progress(len(source), f"decoding {name}", "images") as bar:
+            for start, found in zip(starts, results):
+                bad += found
+                bar.update(min(CHUNK, len(source) - start))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    if len(bad) > skip_bad:
+        raise _too_many_bad(len(bad), skip_bad, [reason for _, reason in bad])
+    for _, reason in bad:
+        logging.warning("skipped: %s", reason)
+    kept = np.setdiff1d(np.arange(len(source)), [i for i, _ in bad])
+    for row, i in enumerate(kept if bad else ()):
+        images[row] = images[i]
+    return Decoded(images, np.array([labels[i] for i in kept]), kept, digests[kept])
+
+
+def _examples(source: Source, indices: range) -> Iterator[tuple[int, Any]]:
+    """(index, example or BadExampleError), read together where the source can."""
+    if hasattr(source, "read"):
+        with contextlib.suppress(BadExampleError):  # one by one, below, tells which
+            yield from zip(indices, source.read(indices))
+            return
+    for i in indices:
+        try:
+            yield i, source[i]
+        except BadExampleError as error:
+            yield i, error
+
+
+def _too_many_bad(count: int, skip_bad: int, reasons: list[str]) -> UserError:
+    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    return UserError(
+        f"{count} unreadable example(s), config.data.skip_bad allows {skip_bad}: {shown}. "
+        f"Mend or remove them, or skip them with --config.data.skip_bad={count}"
+    )

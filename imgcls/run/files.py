@@ -1,0 +1,108 @@
+"""Files that tell what happened: each is replaced whole, or grows by whole lines."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` at the end of the block, unless the block raises.
+
+    A reader, a kill or a power cut finds the old file or the new one, whole. Until then the file
+    has a name in the same folder that nobody can guess. A link at `path` is replaced, not followed.
+
+    Raises:
+        OSError: the folder or the disk refuses, or `path` is a folder or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it is not a regular file", str(path))
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the content of a file; see `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Appends a line, and first ends one that a kill tore. A link is refused with an OSError.
+
+    Args:
+        path: of a file of lines, made where there is none.
+        line: without its end.
+        sync: waits until the line is on the disk.
+    """
+    with open(path, "a+b", opener=_open_no_link) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, busy: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of a file, which the kernel frees however the process ends.
+
+    A warning says where the file system has no locks. A link is refused with an OSError.
+
+    Args:
+        path: of the file, made where there is none.
+        busy: called where a process holds the lock, with its id; raises, or returns to wait for it.
+    """
+    with open(path, "a+", encoding="ascii", opener=_open_no_link) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            busy(file.read().strip())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            logging.warning("%s cannot be locked here: use %s once at a time", path, path.parent)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def cache_folder(kind: str) -> Path:
+    """Where this user's caches of a kind are, such as "datasets"; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / kind
