@@ -94,8 +94,8 @@ def evaluate(
     if tta:
         mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
         averaged = score(classifier.experiment.task, mean, examples.labels, examples.class_names)
-        keys = ("top1", "top1_interval", "top5", "loss")
-        averaged = {key: averaged[key] for key in keys if key in averaged}
+        keys = averaged.get("figures", ("top1", "top1_interval", "top5", "loss"))
+        averaged = {key: averaged[key] for key in keys}
         results["test_time_augmentation"] = {"views": tta} | averaged
     if not is_main():
         return results
@@ -110,18 +110,19 @@ def evaluate(
     if official:
         write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     if tta:
-        say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
+        shown = _shown({"figures": keys} | averaged if "figures" in scores else averaged)
+        say(f"{split} {shown} with test-time augmentation ({tta})")
     say(f"{split} {_shown(scores)}  {path}")
     return results
 
 
 def _shown(scores: dict[str, Any]) -> str:
-    if "top1" not in scores:
-        return "  ".join(f"{k} {v:.4f}" for k, v in scores.items() if isinstance(v, float))
-    counted = ""
+    if "figures" in scores:
+        return "  ".join(f"{name} {scores[name]:.4f}" for name in scores["figures"])
+    correct = ""
     if "examples" in scores:
-        counted = f" ({round(scores['top1'] * scores['examples'])}/{scores['examples']})"
-    return f"top1 {scores['top1']:.4f}{counted}"
+        correct = f" ({round(scores['top1'] * scores['examples'])}/{scores['examples']})"
+    return f"top1 {scores['top1']:.4f}{correct}"
 
 
 def _mirrored(images: np.ndarray) -> list[np.ndarray]:

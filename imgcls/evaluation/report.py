@@ -101,7 +101,7 @@ def write_report(
         test_evaluations=logs.read_metrics(run.workdir / "test_evaluations.jsonl"),
         curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
         samples=[image_uri(image) for image in _read_samples(run.workdir)],
-        **(_classification(run, gallery_images) if "per_class" in run.results else {}),
+        **_shown_of_a_task(run, gallery_images),
     )
     return write_page(run.workdir / "report.html", page)
 

@@ -41,7 +41,7 @@ def score(
     means = {name: float(np.asarray(x, np.float64).mean()) for name, x in figures.items()}
     if not np.isfinite(list(means.values())).all():
         raise ValueError(f"the figures are not finite: {means}")
-    return {"examples": len(labels), **means}
+    return {"examples": len(labels), "figures": list(means), **means}
 
 
 def evaluate_logits(
