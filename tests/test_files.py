@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from imgcls.errors import UserError
 from imgcls.run.files import append_line, lock, replacing, write_bytes
+
+
+def free_lock(path):
+    return lock(path, busy=pytest.fail, refused=lambda why: f"no: {why}")
 
 
 def test_a_file_takes_its_name_when_all_went_well(tmp_path):
@@ -40,7 +45,7 @@ def test_links_are_replaced_or_refused_and_never_followed(tmp_path):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(OSError):
             append_line(tmp_path / name, "more")
-        with pytest.raises(OSError), lock(tmp_path / name, busy=pytest.fail):
+        with pytest.raises(UserError, match="no: Too many"), free_lock(tmp_path / name):
             raise AssertionError
         write_bytes(tmp_path / name, b"new")
         assert (tmp_path / name).read_text() == "new" and not (tmp_path / name).is_symlink()
@@ -81,10 +86,10 @@ def test_a_lock_says_who_holds_it_and_is_free_afterwards(tmp_path):
         told.append(process)
         raise TimeoutError
 
-    with lock(path, busy=pytest.fail), pytest.raises(TimeoutError), lock(path, busy=refuse):
+    with free_lock(path), pytest.raises(TimeoutError), lock(path, busy=refuse, refused=str):
         raise AssertionError
     assert told == [str(os.getpid())]
     held = contextlib.ExitStack()
-    held.enter_context(lock(path, busy=pytest.fail))
-    with lock(path, busy=lambda _: held.close()):  # which lets the wait end
+    held.enter_context(free_lock(path))
+    with lock(path, busy=lambda _: held.close(), refused=str):  # which lets the wait end
         pass

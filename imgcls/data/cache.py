@@ -47,19 +47,12 @@ def digest(image: np.ndarray, label: np.ndarray) -> bytes:
 def load(
     source: Source, name: str, *, shape: tuple[int, int, int], resize: str, skip_bad: int
 ) -> Decoded:
-    """Maps the decoded examples from the cache; decodes them first where they are not in it.
+    """Maps the decoded examples of a base split; decodes those that are not in the cache first.
 
     Where the cache cannot be read or written, they are decoded into memory, with a warning.
 
-    Args:
-        source: one base split of a dataset.
-        name: of that split.
-        shape: (height, width, channels) of the decoded images.
-        resize: "squash" or "crop", see `fit_image`.
-        skip_bad: how many examples may be unreadable.
-
     Raises:
-        UserError: too many unreadable examples, or too little memory and no cache.
+        UserError: more than `skip_bad` unreadable examples, or no cache and too little memory.
     """
     key = json.dumps([CACHE_FORMAT, source.fingerprint, shape, resize]).encode()
     path = files.cache_folder("datasets") / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}"
@@ -74,8 +67,7 @@ def load(
                     npy.write_array(file, array)
     except OSError as error:
         logging.warning("cannot cache decoded images in %s (%s)", path.parent, error)
-        _check_memory(math.prod(shape))
-        decoded = _decode(source, name, np.empty(shape, np.uint8), **options)
+        decoded = _decode(source, name, _in_memory(shape), **options)
     if (bad := len(source) - len(decoded.kept)) > skip_bad:
         raise _too_many_bad(bad, skip_bad, ["see an earlier run's warnings"])
     return decoded
@@ -84,49 +76,43 @@ def load(
 def _read(path: Path, shape: tuple[int, ...]) -> Decoded | None:
     """The entry, its images mapped; None where there is none, or a damaged one."""
     try:
+        images = npy.open_memmap(path, "r")
+        if (images.shape, images.dtype) != (shape, np.uint8):
+            raise ValueError("images of another shape or type")
         with path.open("rb") as file:
-            npy.read_magic(file)
-            if npy.read_array_header_1_0(file) != (shape, False, np.dtype(np.uint8)):
-                raise ValueError("images of another shape or type")
-            start = file.tell()
-            file.seek(start + math.prod(shape))
+            file.seek(images.offset + images.nbytes)
             labels, kept, digests = (npy.read_array(file, allow_pickle=False) for _ in range(3))
-            if not labels.shape[:1] == kept.shape == digests.shape[:1]:
-                raise ValueError("arrays of different lengths")
-            images = np.memmap(file, np.uint8, "r", start, shape)
+        if not labels.shape[:1] == kept.shape == digests.shape[:1]:
+            raise ValueError("arrays of different lengths")
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError) as error:
+    except (ValueError, OverflowError) as error:
         logging.warning("%s is damaged (%s): decoding again", path, error)
         return None
     return Decoded(np.asarray(images), labels, kept, digests)
 
 
 def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
-    """An array uint8[shape] in a new file, in which the position is then the array's end.
+    """An array uint8[shape] mapped from a new file, whose position is then the array's end.
 
     Its space is reserved: on a full disk, writing to a mapped file would kill the process.
     """
-    size = math.prod(shape)
-    if size > shutil.disk_usage(file.name).free:
+    if math.prod(shape) > shutil.disk_usage(file.name).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    npy.write_array_header_1_0(file, header)
-    start = file.tell()
-    os.posix_fallocate(file.fileno(), 0, start + size)
-    images = np.memmap(file, np.uint8, "r+", start, shape)
-    file.seek(start + size)
+    images = npy.open_memmap(file.name, "w+", np.uint8, shape)
+    os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
     return np.asarray(images)
 
 
-def _check_memory(needed: int) -> None:
-    free = psutil.virtual_memory().available
+def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
+    needed, free = math.prod(shape), psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise UserError(
             f"the decoded images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of "
             "memory are free: lower config.data.image_size, or name a folder on a larger disk for "
             "the cache with XDG_CACHE_HOME"
         )
+    return np.empty(shape, np.uint8)
 
 
 def _decode(

@@ -22,7 +22,7 @@ from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileForma
 
 from imgcls.data.tfds import check_features, find, has_array_record, load, one_line, parse
 from imgcls.errors import UserError
-from imgcls.run.files import lock
+from imgcls.run.files import lock, write_bytes
 
 _stopping = threading.Event()
 
@@ -31,15 +31,11 @@ def prepare(name: str, root: Path) -> Path:
     """Returns the version directory of a dataset, now with array_record files."""
     dataset = parse(name)[0]
     waiting = f"waiting for another process that prepares {dataset} in {root}"
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(root / f".{dataset}.lock", busy=lambda _: _say(waiting)))
-        except OSError as error:
-            raise UserError(
-                f"{dataset} must be prepared in {root}, which can't be written to "
-                f"({error.strerror}); name another directory with --config.data.dir"
-            ) from error
+    refused = lambda why: (
+        f"{dataset} must be prepared in {root}, which can't be written to ({why}); name another "
+        "directory with --config.data.dir"
+    )
+    with lock(root / f".{dataset}.lock", busy=lambda _: _say(waiting), refused=refused):
         directory = find(name, root) or _download(name, root)
         if not has_array_record(load(directory)):
             _convert(directory)
@@ -110,9 +106,7 @@ def _convert(directory: Path) -> None:
                 raise UserError(f"cannot convert {source}: {one_line(error)}") from error
     info = directory / "dataset_info.json"
     content = json.loads(info.read_text()) | {"alternativeFileFormats": [writer.FILE_SUFFIX]}
-    partial = directory / f"incomplete.{info.name}"
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, info)
+    write_bytes(info, json.dumps(content, indent=2).encode())
 
 
 def _say(text: str) -> None:

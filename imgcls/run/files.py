@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from imgcls.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -43,12 +45,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str, *, sync: bool = False) -> None:
-    """Appends a line, and first ends one that a kill tore. A link is refused with an OSError.
+    """Appends a line to a file, and first ends one that a kill tore. A link is an OSError.
 
-    Args:
-        path: of a file of lines, made where there is none.
-        line: without its end.
-        sync: waits until the line is on the disk.
+    With `sync` the line is on the disk when this returns.
     """
     with open(path, "a+b", opener=_open_no_link) as file:
         if file.tell():
@@ -61,7 +60,7 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def _open_no_link(path: str, flags: int) -> int:
+def _open_no_link(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -77,20 +76,28 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, busy: Callable[[str], None]) -> Iterator[None]:
+def lock(
+    path: Path, *, busy: Callable[[str], None], refused: Callable[[str], str]
+) -> Iterator[None]:
     """Holds the lock of a file, which the kernel frees however the process ends.
 
-    A warning says where the file system has no locks. A link is refused with an OSError.
-
     Args:
-        path: of the file, made where there is none.
-        busy: called where a process holds the lock, with its id; raises, or returns to wait for it.
+        path: of the file; it and its folder are made where there are none. A link is refused.
+        busy: called with the id of a process that holds the lock; raises, or returns to wait.
+        refused: what to say where the file cannot be opened, from the reason.
+
+    Raises:
+        UserError: the file cannot be opened.
     """
-    with open(path, "a+", encoding="ascii", opener=_open_no_link) as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_no_link(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(refused(error.strerror)) from None
+    with open(descriptor, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             busy(file.read().strip())
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

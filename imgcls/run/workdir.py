@@ -20,23 +20,21 @@ def claim(workdir: Path) -> Iterator[None]:
     Raises:
         UserError: it is a file, cannot be written, or is in use by another process.
     """
+    if not is_main():
+        yield
+        return
 
-    def refuse(process: str) -> None:
+    def busy(process: str) -> None:
         raise UserError(
             f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or use "
             "another --workdir"
         )
 
-    with contextlib.ExitStack() as stack:
-        try:
-            if is_main():
-                workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock(workdir / ".lock", busy=refuse))
-        except OSError as error:
-            raise UserError(
-                f"--workdir={workdir} cannot be used ({error.strerror}): name a directory that can "
-                "be created and written"
-            ) from None
+    refused = lambda why: (
+        f"--workdir={workdir} cannot be used ({why}): name a directory that can be created and "
+        "written"
+    )
+    with lock(workdir / ".lock", busy=busy, refused=refused):
         yield
 
 
