@@ -28,7 +28,7 @@ from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
-from imgcls.run import cli, machine, processes, signals
+from imgcls.run import cli, files, machine, processes, signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import (
     Clock,
@@ -322,7 +322,8 @@ def say_row(row: dict[str, Any], exp: Experiment, bar: Any, train_seconds: float
 def write_samples(exp: Experiment, workdir: Path, writer: MetricWriter) -> None:
     images = np.asarray(exp.augmented_images()[:64])
     images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
-    np.save(workdir / SAMPLES, images)
+    with files.replacing(workdir / SAMPLES) as file:
+        np.save(file, images)
     writer.image("train/augmented", image_grid(images), 0)
 
 

@@ -24,7 +24,7 @@ from imgcls.evaluation.report import write_report
 from imgcls.evaluation.scores import score
 from imgcls.inference.classifier import Classifier, load
 from imgcls.parallel import is_main
-from imgcls.run import cli, machine
+from imgcls.run import cli, files, machine
 from imgcls.run.logs import say
 from imgcls.run.workdir import write_json
 from imgcls.state import count_parameters
@@ -62,7 +62,7 @@ def evaluate(
     official = split == "test" and checkpoint == config.eval.checkpoint
     suffix = "" if official else f"_{split}_{checkpoint}"
     if split == "test" and is_main():
-        _break_seal(workdir, checkpoint, step)
+        count_test_evaluation(workdir, checkpoint, step)
     wanted = [split, *({"validation"} & splits.keys() - {split})]
     logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
     try:
@@ -99,12 +99,10 @@ def evaluate(
         results["test_time_augmentation"] = {"views": tta} | averaged
     if not is_main():
         return results
-    np.savez_compressed(
-        workdir / f"predictions{suffix}.npz",
-        logits=logits[split],
-        labels=examples.labels,
-        ids=np.array(examples.ids),
-    )
+    with files.replacing(workdir / f"predictions{suffix}.npz") as file:
+        np.savez_compressed(
+            file, logits=logits[split], labels=examples.labels, ids=np.array(examples.ids)
+        )
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
     if official:
@@ -144,11 +142,11 @@ def _shifted(images: np.ndarray) -> list[np.ndarray]:
 VIEWS = {"flip": _mirrored, "shifts": _shifted}
 
 
-def _break_seal(workdir: Path, checkpoint: str, step: int) -> None:
+def count_test_evaluation(workdir: Path, checkpoint: str, step: int) -> None:
     """Counts each look at the test split as it starts: choices belong on validation."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (workdir / "test_evaluations.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"checkpoint": checkpoint, "step": step, "time": now}) + "\n")
+    row = {"checkpoint": checkpoint, "step": step, "time": now}
+    files.append_line(workdir / "test_evaluations.jsonl", json.dumps(row), sync=True)
 
 
 def define_flags() -> None:

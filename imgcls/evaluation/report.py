@@ -106,8 +106,10 @@ def write_report(
     return write_page(run.workdir / "report.html", page)
 
 
-def _classification(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
-    """What the page shows of a run whose images have one class each."""
+def _shown_of_a_task(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict:
+    """What the page shows of a classification, or else the means of the task's figures."""
+    if "per_class" not in run.results:
+        return {"matrix": None, "means": run.results["figures"]}
     calibration, classes = run.results["calibration"], _worst_classes(run.results["per_class"])
     highlighted = len(figures.PALETTE)
     return {
