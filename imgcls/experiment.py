@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from imgcls import cpu
 from imgcls.augment import compose, resized
 from imgcls.data import splits
 from imgcls.data.sources import open_sources
@@ -241,24 +242,59 @@ def open_splits(config: ConfigDict, *names: str) -> list[splits.Split]:
     )
 
 
-def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = False) -> nn.Module:
-    """The Linen module, its convolutions on oneDNN where `cpu_kernels`."""
+def compute_dtype(config: ConfigDict) -> str:
+    """`config.model.dtype`, but float32 on CPUs without bfloat16 instructions or without oneDNN.
+
+    With AVX2 a step took 17 times as long in bfloat16 as in float32.
+    """
+    dtype = config.model.dtype
+    slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and not cpu.has_bfloat16()
+    return "float32" if slow else dtype
+
+
+def cpu_ops(config: ConfigDict) -> dict[str, Callable[..., Any]]:
+    """What a model on this CPU takes in the place of Linen's operations (see `cpu.ops`), or {}."""
+    return {} if config.model.cpu_kernels == "off" else cpu.ops(compute_dtype(config))
+
+
+def kept_ops(ops: dict[str, Callable], begun_with: list[str] | bool) -> dict[str, Callable]:
+    """Those of `ops` that a run began with: its "cpu_kernels" in the metadata of a checkpoint.
+
+    Older runs have True there, or False for all but the convolutions.
+    """
+    if isinstance(begun_with, bool):
+        begun_with = [name for name in ops if begun_with or name != "conv"]
+    return {name: op for name, op in ops.items() if name in begun_with}
+
+
+def reproducibility_facts(
+    ops: dict[str, Callable], saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`machine.reproducibility_facts`, and what decides the bits of `ops`.
+
+    With the facts that a run `saved`, oneDNN takes as many threads as it had then.
+    """
+    facts = machine.reproducibility_facts() | {"cpu_kernels": sorted(ops)}
+    if "conv" not in ops:
+        return facts
+    if saved and "openmp_threads" in saved:
+        cpu.use_threads(saved["openmp_threads"])
+    return facts | cpu.identity()
+
+
+def build_model(
+    config: ConfigDict, num_classes: int, *, ops: dict[str, Callable] | None = None
+) -> nn.Module:
+    """The Linen module, with those of `ops` that are fields of it."""
     fields = {k: config.model[k] for k in _model_fields(config.model.name)}
     if config.model.name == "cnn":
         _check_pooling(config, len(fields["widths"]))
     # The whole process's: a program takes it when it is traced, in training and prediction alike.
     jax.config.update("jax_default_matmul_precision", config.model.matmul_precision)
-    conv = nn.Conv
-    if cpu_kernels:
-        from imgcls import cpu
-
-        conv = partial(nn.Conv, conv_general_dilated=cpu.conv_general_dilated)
-    return MODELS[config.model.name](
-        num_classes=num_classes,
-        dtype=jnp.dtype(machine.compute_dtype(config)),
-        conv=conv,
-        **fields,
-    )
+    model = MODELS[config.model.name]
+    injected = {k: op for k, op in (ops or {}).items() if k in model.__dataclass_fields__}
+    dtype = jnp.dtype(compute_dtype(config))
+    return model(num_classes=num_classes, dtype=dtype, **injected, **fields)
 
 
 def _check_pooling(config: ConfigDict, blocks: int) -> None:
@@ -278,7 +314,7 @@ def _model_fields(name: Any) -> dict[str, Any]:
     if name not in MODELS:
         return {}
     fields = MODELS[name].__dataclass_fields__
-    given = {"num_classes", "dtype", "conv", "pool", "norm", "parent", "name"}
+    given = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name"}
     return {k: f.default for k, f in fields.items() if k not in given}
 
 

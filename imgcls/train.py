@@ -115,13 +115,13 @@ class _Run:
     def _restore_or_create(self) -> None:
         """The model, the state, and `meta`: what is saved beside it, in JSON types."""
         c, checkpoints = self.config, self.checkpoints
-        kernels = machine.choose_cpu_kernels(c)
+        ops = experiment.cpu_ops(c)
         self.meta: dict[str, Any] = {
             "class_names": list(self.class_names),
             "train_examples": len(self.splits["train"]),
             "trained_by": machine.describe(),  # where and with what the run was started
-            "cpu_kernels": kernels,
-            "bits": machine.decides_bits(cpu_kernels=kernels),
+            "cpu_kernels": sorted(ops),
+            "bits": experiment.reproducibility_facts(ops),
             "validated_step": 0,
             "seconds": 0.0,  # since the first start, all sessions together
             "train_seconds": 0.0,  # of them, in training steps
@@ -129,16 +129,17 @@ class _Run:
             "bad_steps": [],
         }
         build = partial(experiment.build_model, c, len(self.class_names))
-        self.model = build(cpu_kernels=kernels)
+        self.model = build(ops=ops)
         self.saved_step = -1
         if checkpoints.steps():
             target = state_target(c, self.model)
             self.state, saved = checkpoints.restore_latest(target)
             self._check_same_data(saved)
-            kernels = kernels and saved["cpu_kernels"]
-            bits = machine.reuse_bits(saved.get("bits", {}), cpu_kernels=kernels)
-            self.meta = saved | {"cpu_kernels": kernels, "bits": bits}
-            self.model = build(cpu_kernels=kernels)
+            ops = experiment.kept_ops(ops, saved["cpu_kernels"])
+            bits = experiment.reproducibility_facts(ops, saved.get("bits"))
+            machine.check_reproducible(saved.get("bits", {}), bits)
+            self.meta = saved | {"cpu_kernels": sorted(ops), "bits": bits}
+            self.model = build(ops=ops)
             self.saved_step = int(self.state.step)
         else:
             create = partial(
@@ -158,7 +159,7 @@ class _Run:
         self.step = int(self.state.step)
         self.window = MetricWindow(self.meta["sums"], self.meta["bad_steps"])
         parameters = count_parameters(self.state.params)
-        convolutions = ", convolutions by oneDNN" if self.meta["cpu_kernels"] else ""
+        convolutions = ", convolutions by oneDNN" if "conv" in self.meta["cpu_kernels"] else ""
         device = machine.describe()["device"]
         dtype = self.model.dtype.name
         if dtype != c.model.dtype:

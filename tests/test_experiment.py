@@ -15,7 +15,6 @@ from imgcls import cpu, experiment
 from imgcls.errors import UserError
 from imgcls.losses import cross_entropy
 from imgcls.models import resnet
-from imgcls.run import machine
 from imgcls.run.workdir import write_json
 from imgcls.state import create_state
 from imgcls.steps import train_step
@@ -227,8 +226,7 @@ def test_only_the_program_for_cpus_calls_our_kernels(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend_name)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = small_config()
-    cpu_kernels = machine.choose_cpu_kernels(config)
-    model = experiment.build_model(config, 10, cpu_kernels=cpu_kernels)
+    model = experiment.build_model(config, 10, ops=experiment.cpu_ops(config))
     tx, preprocess = optax.sgd(0.1), experiment.build_preprocess(config)
     step = partial(
         train_step,

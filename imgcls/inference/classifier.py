@@ -99,8 +99,8 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
     meta = checkpoints.read_meta(step)
-    kernels = meta["cpu_kernels"] and machine.choose_cpu_kernels(config)
-    model = experiment.build_model(config, len(meta["class_names"]), cpu_kernels=kernels)
+    ops = experiment.kept_ops(experiment.cpu_ops(config), meta["cpu_kernels"])
+    model = experiment.build_model(config, len(meta["class_names"]), ops=ops)
     state, meta = checkpoints.restore(step, state_target(config, model))
     return Classifier(config, model, state, meta)
 

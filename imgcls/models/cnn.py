@@ -1,12 +1,11 @@
 """The convolutional network of the textbooks, and its control without convolutions."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from imgcls.models.common import BatchNorm, ModuleDef, gelu, max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -50,6 +49,11 @@ def partial_identity(
     return kernel.at[height // 2, width // 2, same, same].set(1)
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """The maxima of 2x2 windows without overlap: [B, H, W, C] -> [B, H // 2, W // 2, C]."""
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
 class CNN(nn.Module):
     """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
 
@@ -78,9 +82,10 @@ class CNN(nn.Module):
     small_logits: bool = False  # at first: the last layer starts near zero
     norm_momentum: float = 0.9  # of BatchNorm's running mean and variance
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
-    conv: ModuleDef = nn.Conv
-    pool: ModuleDef = max_pool
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
+    pool: Callable = max_pool
+    act: Callable = nn.gelu
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -107,14 +112,14 @@ class CNN(nn.Module):
                 x.astype(jnp.float32), kernel.value, (1, 1), padding, dimension_numbers=LAYOUT
             )
             bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
-            x = gelu(x + bias)
+            x = self.act(x + bias)
         x = x.astype(self.dtype)
         for width in self.widths:
             for i in range(self.convs_per_block):
                 x = conv(width)(x)
                 if i == 0:
                     x = self.pool(x)
-                x = gelu(norm()(x))
+                x = self.act(norm()(x))
         x = x.max((1, 2))
         return _head(self, x, train=train, small_logits=self.small_logits)
 
@@ -126,8 +131,7 @@ class MLP(nn.Module):
     dense_widths: tuple[int, ...] = (512, 512)
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv  # unused: every model is built with the same arguments
-    norm: ModuleDef = BatchNorm
+    act: Callable = nn.gelu
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -138,7 +142,7 @@ def _head(model: CNN | MLP, x: jax.Array, *, train: bool, small_logits: bool = F
     """The fully connected layers: features [B, F] -> logits float32 [B, num_classes]."""
     dropout = partial(nn.Dropout, model.dropout_rate, deterministic=not train)
     for width in model.dense_widths:
-        x = gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
+        x = model.act(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
     x = dropout()(x).astype(jnp.float32)
     # Near zero, as in airbench94_muon: without it, its SGD was far behind (benchmarks/README.md).
     small = nn.initializers.normal(1 / x.shape[-1])

@@ -1,12 +1,11 @@
 """Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from imgcls.models.common import BatchNorm, ModuleDef
 
 # Blocks a stage, and whether blocks have a bottleneck.
 STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
@@ -20,8 +19,8 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     preactivation: bool
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Callable
+    norm: Callable
     dropout_rate: float = 0.0
 
     @nn.compact
@@ -65,8 +64,8 @@ class ResNet(nn.Module):
     preactivation: bool = False
     dropout_rate: float = 0.0  # before the fully connected layer
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -95,8 +94,8 @@ class WideResNet(nn.Module):
     width_factor: int = 10
     dropout_rate: float = 0.0  # between a block's convolutions
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -111,7 +110,7 @@ class WideResNet(nn.Module):
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 
-def _bound(model: ResNet | WideResNet, train: bool) -> tuple[ModuleDef, ModuleDef]:
+def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]:
     conv = partial(model.conv, use_bias=False, kernel_init=he_normal, dtype=model.dtype)
     norm = partial(model.norm, use_running_average=not train, momentum=0.9, dtype=model.dtype)
     return conv, norm
