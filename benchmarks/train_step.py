@@ -36,9 +36,9 @@ def work(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     kind, dtype = arguments.serve.rsplit("-", 1)
     config = network_config(arguments.network[0], batch_size=arguments.batch_size, dtype=dtype)
     if kind == "imgcls":
-        from imgcls.run import machine
+        from imgcls import experiment
 
-        if machine.compute_dtype(config) != dtype:  # main.py falls back, a figure must not
+        if experiment.compute_dtype(config) != dtype:  # main.py falls back, a figure must not
             raise NotImplementedError(f"{dtype} is not fast on this CPU")
     contender = BUILDERS[kind](config)
 

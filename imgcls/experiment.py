@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from imgcls import cpu
 from imgcls.augment import Augment, compose, resized
 from imgcls.config import from_json, own_values
 from imgcls.data.order import TrainOrder, eval_order
@@ -42,8 +43,8 @@ class Experiment:
 
     Attributes:
         config: resolved and valid.
-        cpu_kernels: whether the model runs on `imgcls.cpu`. A resumed run sets it to what the run
-            began with, before the model is built.
+        ops: operations that the model takes in the place of Linen's, from `cpu.ops`. A resumed run
+            keeps those that it began with (`keep_ops`).
         total_steps, steps_per_epoch, small_steps: small ones are the first, on smaller images.
     """
 
@@ -67,7 +68,7 @@ class Experiment:
         self._class_names, self._given, self._task, self._test = class_names, splits, task, test
         self.mesh = make_mesh()
         self.everywhere = replicated(self.mesh)
-        self.cpu_kernels = machine.choose_cpu_kernels(config)
+        self.ops = {} if config.model.cpu_kernels == "off" else cpu.ops(compute_dtype(config))
         self.preprocess = partial(
             normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
         )
@@ -127,7 +128,29 @@ class Experiment:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        return build_model(self.config, len(self.class_names), cpu_kernels=self.cpu_kernels)
+        return build_model(self.config, len(self.class_names), self.ops)
+
+    def keep_ops(self, begun_with: list[str] | bool) -> None:
+        """Leaves out operations with which the run did not begin: "cpu_kernels" of a checkpoint.
+
+        Older checkpoints tell of convolutions alone, by True or False.
+        """
+        if isinstance(begun_with, bool):
+            begun_with = ["act", "norm", "pool", *(["conv"] if begun_with else [])]
+        self.ops = {name: op for name, op in self.ops.items() if name in begun_with}
+        self.__dict__.pop("model", None)
+
+    def reproducibility_facts(self, saved: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What decides the last bits of a run, besides its config, its data and this code.
+
+        The number of OpenMP threads is set to that of `saved`, the facts of an earlier session.
+        """
+        facts = machine.reproducibility_facts() | {"cpu_kernels": sorted(self.ops)}
+        if "conv" not in self.ops:
+            return facts
+        if saved and "openmp_threads" in saved:
+            cpu.use_threads(saved["openmp_threads"])
+        return facts | cpu.identity()
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
@@ -282,19 +305,28 @@ def open_splits(config: ConfigDict, *names: str) -> list[Split]:
     )
 
 
-def build_model(config: ConfigDict, num_classes: int, *, cpu_kernels: bool = False) -> nn.Module:
-    """The Linen module; with faster operations where `cpu_kernels`."""
-    model, conv = MODELS[config.model.name], nn.Conv
-    if cpu_kernels:
-        from imgcls import cpu
-
-        conv = partial(nn.Conv, conv_general_dilated=cpu.conv_general_dilated)
+def build_model(
+    config: ConfigDict, num_classes: int, ops: dict[str, Callable] | None = None
+) -> nn.Module:
+    """The Linen module, with those of `ops` that are fields of it."""
+    model = MODELS[config.model.name]
+    injected = {name: op for name, op in (ops or {}).items() if name in model.__dataclass_fields__}
     return model(
         num_classes=num_classes,
-        dtype=jnp.dtype(machine.compute_dtype(config)),
-        conv=conv,
+        dtype=jnp.dtype(compute_dtype(config)),
+        **injected,
         **own_values(config, "model", model),
     )
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """`config.model.dtype`, but float32 on CPUs without bfloat16 instructions or without oneDNN.
+
+    With AVX2 a step took 17 times as long in bfloat16 as in float32.
+    """
+    dtype = config.model.dtype
+    slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and not cpu.has_bfloat16()
+    return "float32" if slow else dtype
 
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -126,8 +126,8 @@ def start_or_resume(
         "class_names": list(exp.class_names),
         "train_examples": len(splits["train"]),
         "trained_by": machine.describe(),  # where and with what the run was started
-        "cpu_kernels": exp.cpu_kernels,
-        "bits": machine.decides_bits(cpu_kernels=exp.cpu_kernels),
+        "cpu_kernels": sorted(exp.ops),
+        "bits": exp.reproducibility_facts(),
         "validated_step": 0,
         "seconds": 0.0,  # since the first start, all sessions together
         "train_seconds": 0.0,  # of them, in training steps
@@ -144,9 +144,10 @@ def start_or_resume(
                     f"the data changed since {workdir} was started ({key}: {saved[key]} then, "
                     f"{meta[key]} now): restore it, or use another --workdir"
                 )
-        exp.cpu_kernels = exp.cpu_kernels and saved["cpu_kernels"]
-        bits = machine.reuse_bits(saved.get("bits", {}), cpu_kernels=exp.cpu_kernels)
-        meta = saved | {"cpu_kernels": exp.cpu_kernels, "bits": bits}
+        exp.keep_ops(saved["cpu_kernels"])
+        bits = exp.reproducibility_facts(saved.get("bits"))
+        machine.check_reproducible(saved.get("bits", {}), bits)
+        meta = saved | {"cpu_kernels": sorted(exp.ops), "bits": bits}
     else:
         create = interruptibly(exp.compile_init)
         state = interruptibly(create)
@@ -154,7 +155,7 @@ def start_or_resume(
     if dtype != wanted:
         dtype += f" (no fast {wanted} on this CPU)"
     name, parameters = exp.config.model.name, count_parameters(state.params)
-    kernels = ", convolutions by oneDNN" if exp.cpu_kernels else ""
+    kernels = ", convolutions by oneDNN" if "conv" in exp.ops else ""
     say(f"{name}: {parameters:,} parameters, {dtype}, {machine.describe()['device']}{kernels}")
     if resumed:
         say(f"resumed at step {int(state.step)} of {total_steps}")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from imgcls import experiment
 from imgcls.run import machine
 from tests.conftest import small_config
 
@@ -37,11 +38,11 @@ def test_one_line_says_why_convolutions_are_not_onednns(platform, devices, monke
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     caplog.set_level("INFO")
-    assert not machine.choose_cpu_kernels(small_config())
+    assert experiment.cpu_ops(small_config()) == {}
     (record,) = caplog.records
     reason = platform if platform != "cpu" else devices
     assert record.message.startswith("convolutions run on plain XLA: ")
     assert record.message.endswith(f", not for {reason}")
     caplog.clear()
-    assert not machine.choose_cpu_kernels(small_config(model__cpu_kernels="off"))
+    assert experiment.cpu_ops(small_config(model__cpu_kernels="off")) == {}
     assert not caplog.records  # it was asked for

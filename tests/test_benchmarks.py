@@ -16,7 +16,6 @@ from scipy.stats import ttest_1samp
 
 from imgcls import experiment
 from imgcls.errors import UserError
-from imgcls.run import machine
 from tests.conftest import ROOT, flags_of, small_config
 from tests.finished_run import random_logits, write_run
 
@@ -197,7 +196,7 @@ def test_the_alternatives_are_given_the_projects_own_network(network):
 
 
 def test_no_figure_of_bfloat16_is_one_of_float32(monkeypatch):
-    monkeypatch.setattr(machine, "compute_dtype", lambda config: "float32")
+    monkeypatch.setattr(experiment, "compute_dtype", lambda config: "float32")
     arguments = Namespace(serve="imgcls-bfloat16", network=["cifar10"], batch_size=0)
     with pytest.raises(NotImplementedError, match="bfloat16 is not fast on this CPU"):
         train_step.work(arguments)

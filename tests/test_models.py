@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from imgcls.models import MODELS
 from imgcls.models.cnn import LAYOUT, partial_identity, whitening_filters
-from imgcls.models.common import BatchNorm, batch_norm, max_pool
 from imgcls.state import count_parameters
 
 

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from imgcls import cpu, experiment
+from imgcls import experiment
 from imgcls.cpu import onednn
+from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 from imgcls.errors import CheckpointError, Stopped
 from imgcls.experiment import Experiment
 from imgcls.run import machine, processes
@@ -109,31 +110,35 @@ def test_a_run_that_goes_on_elsewhere_says_so_once(
     assert "last bits" not in caplog.text
 
 
+def plain_experiment():
+    return Experiment(small_config(model__cpu_kernels="off"), class_names=("a", "b"))
+
+
 @pytest.mark.parametrize(
     "changed", [{"jaxlib": "0.1"}, {"cpu_cores": 10**6}, {"devices": "8 x tpu TPU v5"}]
 )
 def test_what_decides_the_bits_is_warned_of_where_it_differs(changed, caplog):
-    bits = machine.decides_bits(cpu_kernels=False)
-    assert machine.reuse_bits(json.loads(json.dumps(bits)), cpu_kernels=False) == bits
+    bits = plain_experiment().reproducibility_facts()
+    machine.check_reproducible(json.loads(json.dumps(bits)), bits)
     assert not caplog.records
-    machine.reuse_bits(bits | changed, cpu_kernels=False)
+    machine.check_reproducible(bits | changed, bits)
     (key, value), *_ = changed.items()
     assert f"{key} was {value}, is {bits[key]}" in caplog.text
 
 
 def test_another_generator_of_random_numbers_is_refused():
-    bits = machine.decides_bits(cpu_kernels=False) | {"prng": "rbg"}
+    bits = plain_experiment().reproducibility_facts()
     with pytest.raises(CheckpointError, match="rbg.*JAX_DEFAULT_PRNG_IMPL=rbg"):
-        machine.reuse_bits(bits, cpu_kernels=False)
+        machine.check_reproducible(bits | {"prng": "rbg"}, bits)
 
 
-@pytest.mark.skipif(cpu.unavailable("float32") is not None, reason="no oneDNN here")
-def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch, caplog):
+@pytest.mark.skipif(why_unavailable("float32") is not None, reason="no oneDNN here")
+def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch):
     monkeypatch.setattr(onednn, "_threads", None)
-    saved = machine.decides_bits(cpu_kernels=True)
-    others = saved["openmp_threads"] + 1
-    now = machine.reuse_bits(saved | {"openmp_threads": others}, cpu_kernels=True)
-    assert now["openmp_threads"] == others and not caplog.records
+    exp = plain_experiment()
+    exp.ops = {"conv": conv_general_dilated}
+    others = exp.reproducibility_facts()["openmp_threads"] + 1
+    assert exp.reproducibility_facts({"openmp_threads": others})["openmp_threads"] == others
     conv = onednn.Convolution(
         (1, 4, 4, 8), (1, 1, 8, 8), (1, 4, 4, 8), (1, 1), ((0, 0), (0, 0)), "float32"
     )

@@ -21,7 +21,7 @@ def write_untrained_run(workdir: Path, config: ConfigDict, class_names: tuple[st
     state = Experiment(config, splits={"train": train}).compile_init()()
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", to_json(config))
-    meta = {"class_names": class_names, "cpu_kernels": False, "seconds": 0.0, "train_seconds": 0.0}
+    meta = {"class_names": class_names, "cpu_kernels": [], "seconds": 0.0, "train_seconds": 0.0}
     checkpoints = Checkpoints(workdir / "checkpoints")
     checkpoints.save(0, state, meta)
     checkpoints.close()

@@ -1,6 +1,33 @@
-"""Faster operations for CPUs. Who builds a model asks `unavailable`; the model cannot tell."""
+"""Operations that are faster on x86 CPUs than XLA's own. `ops` is the one door to them."""
 
-from imgcls.cpu.conv import conv_general_dilated, unavailable
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from imgcls.cpu.conv import conv_general_dilated, why_unavailable
+from imgcls.cpu.layers import BatchNorm, gelu, max_pool
 from imgcls.cpu.onednn import has_bfloat16, identity, use_threads
 
-__all__ = ["conv_general_dilated", "has_bfloat16", "identity", "unavailable", "use_threads"]
+__all__ = ["has_bfloat16", "identity", "ops", "use_threads"]
+
+
+def ops(dtype: jax.typing.DTypeLike) -> dict[str, Callable[..., Any]]:
+    """The operations that a model computing in `dtype` should take in the place of Linen's.
+
+    Keys are fields of a model: "norm", "pool", "act", and "conv" where oneDNN works. Empty unless
+    this process runs on one CPU device. A line of the log says why convolutions are XLA's.
+    """
+    found: dict[str, Callable[..., Any]] = {"norm": BatchNorm, "pool": max_pool, "act": gelu}
+    if (platform := jax.default_backend()) != "cpu":
+        found, reason = {}, f"oneDNN is for CPUs, not for {platform}"
+    elif (devices := jax.device_count()) > 1:
+        found, reason = {}, f"oneDNN is for one device, not for {devices}"
+    elif not (reason := why_unavailable(dtype)):
+        found["conv"] = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+    if reason:
+        logging.info("convolutions run on plain XLA: %s", reason)
+    return found

@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import numpy as np
 from jax import lax
 
 from imgcls.cpu import ffi, onednn
+from imgcls.cpu.derivatives import differentiable
 from imgcls.cpu.onednn import HWIO, NHWC, Convolution
 
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
+USUAL = {"dimension_numbers": LAYOUT, "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+USUAL |= {"feature_group_count": 1, "batch_group_count": 1}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
 # Stride, images, pixels a side, channels in and out of the convolutions that it computes: with
 # stride 1 a weight gradient may be turned; the last two are large enough for Winograd, for which
@@ -23,70 +27,41 @@ CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64), (1, 128, 4, 
 _registering = threading.Lock()
 
 
-def conv_general_dilated(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = None,
-    feature_group_count: int = 1,
-    batch_group_count: int = 1,
-    precision: lax.PrecisionLike = None,
-    preferred_element_type: jax.typing.DTypeLike | None = None,
-) -> jax.Array:
-    """`jax.lax.conv_general_dilated` for images on a CPU; call it where `unavailable` is None.
+def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, by oneDNN where it can; ask `why_unavailable` before.
 
-    lhs [N,H,W,C] (NHWC) and rhs [kh,kw,C,O] (HWIO), both float32 or both bfloat16, give [N,H',W',O]
-    in the same dtype. Sums are in float32, whatever `precision` says. It works under jit, grad (not
-    jvp), vmap, scan, pmap and shard_map(check_vma=False); where jit partitions the batch
-    (NamedSharding), the result is right, but every device computes all of it.
+    oneDNN takes images lhs [N,H,W,C] (NHWC) and kernels rhs [kh,kw,C,O] (HWIO), both float32 or
+    both bfloat16, and gives [N,H',W',O] in the same dtype. Sums are in float32, whatever
+    `precision` says. lax computes everything else: other layouts and dtypes, dilation, groups,
+    negative padding, tangents and second derivatives.
 
-    Raises:
-        NotImplementedError: For other layouts or dtypes, dilation, groups or negative padding.
+    Where jit partitions the batch (NamedSharding), the result is right, but every device computes
+    all of it. Under shard_map it needs check_vma=False.
     """
-    lhs, rhs, strides = jnp.asarray(lhs), jnp.asarray(rhs), tuple(map(int, window_strides))
-    if lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) != LAYOUT:
-        raise NotImplementedError(f"oneDNN convolution: not NHWC and HWIO: {dimension_numbers}")
-    factors = *(lhs_dilation or ()), *(rhs_dilation or ()), feature_group_count, batch_group_count
-    if set(factors) != {1}:
-        raise NotImplementedError("oneDNN convolution: dilation or groups")
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-    padding = tuple((int(before), int(after)) for before, after in padding)
-    if min(map(min, padding)) < 0:
-        raise NotImplementedError(f"oneDNN convolution: negative padding {padding}")
-    reference = functools.partial(
-        lax.conv_general_dilated,
-        window_strides=strides,
-        padding=padding,
-        dimension_numbers=LAYOUT,
-        preferred_element_type=preferred_element_type,
-    )
-    out = jax.eval_shape(reference, lhs, rhs)  # or lax's own errors
-    if out.dtype != lhs.dtype or out.dtype.name not in onednn.DTYPES:
-        raise NotImplementedError(f"oneDNN convolution: {lhs.dtype} to {out.dtype}")
-    conv = Convolution(lhs.shape, rhs.shape, out.shape, strides, padding, out.dtype.name)
-    return _conv(conv, lhs, rhs)
+    exact = lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+    program = jax.make_jaxpr(exact)(lhs, rhs)  # or lax's own errors
+    (out,), params = program.out_avals, program.eqns[-1].params  # with strides... as numbers
+    same = out.dtype == lhs.dtype and out.dtype.name in onednn.DTYPES
+    usual = all(params.get(name) == value for name, value in USUAL.items())
+    if not same or not usual or min(map(min, params["padding"])) < 0:
+        return exact(lhs, rhs)
+    window = params["window_strides"], params["padding"]
+    conv = Convolution(lhs.shape, rhs.shape, out.shape, *window, out.dtype.name)
+    return _operation(conv)(lhs, rhs)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(conv: Convolution, lhs, rhs):
-    return _call("forward", conv, lhs, rhs)
+@functools.cache
+def _operation(conv: Convolution) -> Callable[..., tuple[jax.Array]]:
+    def plain(lhs, rhs):
+        window = {"window_strides": conv.strides, "padding": conv.padding}
+        return (lax.conv_general_dilated(lhs, rhs, **window, dimension_numbers=LAYOUT),)
 
+    def backward(operands, _, grad):
+        lhs, rhs = operands
+        weight_grad = _call("weight_grad", conv, lhs, grad)
+        return _call("input_grad", conv, grad, rhs), weight_grad.astype(rhs.dtype)
 
-def _conv_fwd(conv: Convolution, lhs, rhs):
-    return _conv(conv, lhs, rhs), (lhs, rhs)
-
-
-def _conv_bwd(conv: Convolution, operands, grad):
-    lhs, rhs = operands
-    weight_grad = _call("weight_grad", conv, lhs, grad)
-    return _call("input_grad", conv, grad, rhs), weight_grad.astype(rhs.dtype)
-
-
-_conv.defvjp(_conv_fwd, _conv_bwd)
+    return differentiable(plain, lambda *arrays: ((_call("forward", conv, *arrays),), ()), backward)
 
 
 def _call(kind: str, conv: Convolution, a, b):
@@ -109,8 +84,8 @@ def target(kind: str, conv: Convolution) -> str:
 
 
 @functools.cache
-def unavailable(dtype: jax.typing.DTypeLike) -> str | None:
-    """Why `conv_general_dilated` cannot be used for arrays of `dtype`, or None. Never raises.
+def why_unavailable(dtype: jax.typing.DTypeLike) -> str | None:
+    """Says why oneDNN cannot convolve arrays of `dtype`; None if it can. Never raises.
 
     The first call for a dtype compares small convolutions and their gradients with those of lax. It
     starts JAX's backend, so `jax.distributed.initialize` comes before.

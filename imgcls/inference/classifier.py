@@ -110,6 +110,6 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
     meta = checkpoints.read_meta(step)
     experiment = Experiment(config, class_names=meta["class_names"])
-    experiment.cpu_kernels = experiment.cpu_kernels and meta["cpu_kernels"]
+    experiment.keep_ops(meta["cpu_kernels"])
     state, meta = checkpoints.restore(step, experiment.state_target())
     return Classifier(experiment, state, meta)

@@ -1,7 +1,9 @@
-"""The architectures.
+"""The architectures, in plain Linen.
 
-A model is built as `MODELS[name](num_classes=..., conv=..., norm=..., **fields)` and called as
+A model is built as `MODELS[name](num_classes=..., **fields)` and called as
 `model(images, train=...)`: normalised images [B, H, W, C] -> logits float32 [B, K].
+
+The operations are fields, too: conv, norm, pool (2x2 maximum) and act, as far as a model uses them.
 """
 
 from imgcls.models.cnn import CNN, MLP

@@ -1,12 +1,11 @@
 """The convolutional network of the textbooks, and its control without convolutions."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from imgcls.models.common import BatchNorm, ModuleDef, gelu, max_pool
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -50,6 +49,11 @@ def partial_identity(
     return kernel.at[height // 2, width // 2, same, same].set(1)
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """The maxima of 2x2 windows without overlap: [B, H, W, C] -> [B, H // 2, W // 2, C]."""
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
 class CNN(nn.Module):
     """Blocks of convolution, max-pooling, BatchNorm and GELU, then fully connected layers.
 
@@ -65,22 +69,33 @@ class CNN(nn.Module):
     an image smaller by one pixel a side, and pooling then drops the last row and column of each odd
     size (31 to 15, 7 and 3); with `pad_whitening`, the size stays even (32 to 16, 8 and 4).
 
+    Args:
+        widths: output channels of each block
+        convs_per_block: convolutions in each block
+        dense_widths: widths of the hidden fully connected layers
+        dropout_rate: before every fully connected layer
+        whiten: add a fixed first layer that decorrelates 2x2 patches
+        pad_whitening: pad it with zeros, so that the image keeps its size
+        small_logits: start the last layer near zero
+        norm_momentum: of BatchNorm's running mean and variance
+
     Normalised images [B, H, W, C] -> logits float32 [B, num_classes].
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (64, 256, 256)  # output channels, one entry a block
+    widths: tuple[int, ...] = (64, 256, 256)
     convs_per_block: int = 2
-    dense_widths: tuple[int, ...] = ()  # hidden fully connected layers
-    dropout_rate: float = 0.0  # before every fully connected layer
+    dense_widths: tuple[int, ...] = ()
+    dropout_rate: float = 0.0
     whiten: bool = False
-    pad_whitening: bool = False  # with a row and a column of zeros, the mean colour
-    small_logits: bool = False  # at first: the last layer starts near zero
-    norm_momentum: float = 0.9  # of BatchNorm's running mean and variance
+    pad_whitening: bool = False
+    small_logits: bool = False
+    norm_momentum: float = 0.9
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters stay float32
-    conv: ModuleDef = nn.Conv
-    pool: ModuleDef = max_pool
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
+    pool: Callable = max_pool
+    act: Callable = nn.gelu
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -107,27 +122,31 @@ class CNN(nn.Module):
                 x.astype(jnp.float32), kernel.value, (1, 1), padding, dimension_numbers=LAYOUT
             )
             bias = self.param("whitening_bias", nn.initializers.zeros, (x.shape[-1],))
-            x = gelu(x + bias)
+            x = self.act(x + bias)
         x = x.astype(self.dtype)
         for width in self.widths:
             for i in range(self.convs_per_block):
                 x = conv(width)(x)
                 if i == 0:
                     x = self.pool(x)
-                x = gelu(norm()(x))
+                x = self.act(norm()(x))
         x = x.max((1, 2))
         return _head(self, x, train=train, small_logits=self.small_logits)
 
 
 class MLP(nn.Module):
-    """Fully connected layers alone: what convolution buys is measured against it."""
+    """Fully connected layers alone: what convolution buys is measured against it.
+
+    Args:
+        dense_widths: widths of the hidden layers
+        dropout_rate: before every layer
+    """
 
     num_classes: int
     dense_widths: tuple[int, ...] = (512, 512)
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv  # unused: every model is built with the same arguments
-    norm: ModuleDef = BatchNorm
+    act: Callable = nn.gelu
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -138,7 +157,7 @@ def _head(model: CNN | MLP, x: jax.Array, *, train: bool, small_logits: bool = F
     """The fully connected layers: features [B, F] -> logits float32 [B, num_classes]."""
     dropout = partial(nn.Dropout, model.dropout_rate, deterministic=not train)
     for width in model.dense_widths:
-        x = gelu(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
+        x = model.act(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
     x = dropout()(x).astype(jnp.float32)
     # Near zero, as in airbench94_muon: without it, its SGD was far behind (benchmarks/README.md).
     small = nn.initializers.normal(1 / x.shape[-1])

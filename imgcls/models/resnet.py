@@ -1,12 +1,11 @@
 """Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from imgcls.models.common import BatchNorm, ModuleDef
 
 # Blocks a stage, and whether blocks have a bottleneck.
 STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
@@ -20,8 +19,8 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     preactivation: bool
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Callable
+    norm: Callable
     dropout_rate: float = 0.0
 
     @nn.compact
@@ -56,17 +55,21 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18, 34 or 50: normalised [B, H, W, C] -> logits float32 [B, num_classes].
 
-    `stem` is "cifar" (3x3, no pooling) for small images or "imagenet" (7x7 stride 2, max-pooling).
+    Args:
+        depth: 18, 34 or 50 layers
+        stem: cifar (3x3, no pooling), for small images; imagenet (7x7, stride 2, max-pooling)
+        preactivation: normalise and activate before each convolution (arXiv 1603.05027)
+        dropout_rate: before the fully connected layer
     """
 
     num_classes: int
     depth: int = 18
     stem: str = "cifar"
     preactivation: bool = False
-    dropout_rate: float = 0.0  # before the fully connected layer
+    dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -88,15 +91,21 @@ class ResNet(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet for small images (WRN-depth-factor), dropout in its blocks; depth is 6 n + 4."""
+    """Wide ResNet for small images (WRN-depth-factor): as `ResNet`.
+
+    Args:
+        depth: 6 n + 4 layers
+        width_factor: times 16, 32 and 64 channels
+        dropout_rate: between the convolutions of a block
+    """
 
     num_classes: int
     depth: int = 28
     width_factor: int = 10
-    dropout_rate: float = 0.0  # between a block's convolutions
+    dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    conv: ModuleDef = nn.Conv
-    norm: ModuleDef = BatchNorm
+    conv: Callable = nn.Conv
+    norm: Callable = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -111,7 +120,7 @@ class WideResNet(nn.Module):
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 
-def _bound(model: ResNet | WideResNet, train: bool) -> tuple[ModuleDef, ModuleDef]:
+def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]:
     conv = partial(model.conv, use_bias=False, kernel_init=he_normal, dtype=model.dtype)
     norm = partial(model.norm, use_running_average=not train, momentum=0.9, dtype=model.dtype)
     return conv, norm

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import psutil
-from ml_collections import ConfigDict
 
 from imgcls.errors import CheckpointError
 from imgcls.run.files import cache_folder
@@ -62,36 +61,6 @@ def compiler_options(*, once: bool = False) -> dict[str, str] | None:
     return options
 
 
-def compute_dtype(config: ConfigDict) -> str:
-    """`config.model.dtype`, but float32 on CPUs without bfloat16 instructions or without oneDNN.
-
-    With AVX2 a step took 17 times as long in bfloat16 as in float32.
-    """
-    if config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
-        from imgcls import cpu
-
-        if not cpu.has_bfloat16():
-            return "float32"
-    return config.model.dtype
-
-
-def choose_cpu_kernels(config: ConfigDict) -> bool:
-    """Whether convolutions go to oneDNN: on one CPU device, where it loads and agrees with XLA."""
-    if config.model.cpu_kernels == "off":
-        return False
-    if (platform := jax.default_backend()) != "cpu":
-        reason = f"oneDNN is for CPUs, not for {platform}"
-    elif (devices := jax.device_count()) > 1:
-        reason = f"oneDNN is for one device, not for {devices}"
-    else:
-        from imgcls import cpu
-
-        reason = cpu.unavailable(compute_dtype(config))
-    if reason:
-        logging.info("convolutions run on plain XLA: %s", reason)
-    return not reason
-
-
 def check_memory(compiled: jax.stages.Compiled) -> None:
     """Raises MemoryError where a program for the CPU needs more than is free.
 
@@ -106,42 +75,25 @@ def check_memory(compiled: jax.stages.Compiled) -> None:
         raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
 
 
-def decides_bits(*, cpu_kernels: bool) -> dict[str, Any]:
-    """What decides the last bits of a run, beside its config, its data and this code."""
+def reproducibility_facts() -> dict[str, Any]:
+    """What decides the last bits of a run, besides its config, its data and this code."""
     device = jax.devices()[0]
-    decides = {
+    facts = {
         "jaxlib": importlib.metadata.version("jaxlib"),
         "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
-        "cpu_kernels": cpu_kernels,
         "prng": jax.config.jax_default_prng_impl,
     }
     if device.platform == "cpu":
-        decides["cpu_cores"] = cpu_cores()  # XLA has a thread for each
-    if cpu_kernels:
-        from imgcls import cpu
-
-        decides |= cpu.identity()
-    return decides
+        facts["cpu_cores"] = cpu_cores()  # XLA has a thread for each
+    return facts
 
 
-def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
-    """Takes up what a run began with, as far as it can be chosen; warns of the rest.
-
-    Args:
-        saved: `decides_bits` of the session that saved the checkpoint.
-        cpu_kernels: of this session.
-
-    Returns:
-        `decides_bits` of this session.
+def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warns of facts that differ from those of the session that saved the checkpoint.
 
     Raises:
         CheckpointError: random numbers would be those of another generator.
     """
-    if cpu_kernels and "openmp_threads" in saved:
-        from imgcls import cpu
-
-        cpu.use_threads(saved["openmp_threads"])
-    now = decides_bits(cpu_kernels=cpu_kernels)
     if saved.get("prng", now["prng"]) != now["prng"]:
         raise CheckpointError(
             f"this run draws its random numbers with {saved['prng']}, but JAX is set to "
@@ -153,7 +105,6 @@ def reuse_bits(saved: dict[str, Any], *, cpu_kernels: bool) -> dict[str, Any]:
             "the run goes on, but its last bits will differ from those of one never stopped: %s",
             "; ".join(other),
         )
-    return now
 
 
 def cpu_cores() -> int:
