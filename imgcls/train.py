@@ -122,7 +122,6 @@ class _Run:
             "trained_by": machine.describe(),  # where and with what the run was started
             "cpu_kernels": kernels,
             "bits": machine.decides_bits(cpu_kernels=kernels),
-            "validated_step": 0,
             "seconds": 0.0,  # since the first start, all sessions together
             "train_seconds": 0.0,  # of them, in training steps
             "sums": None,  # of the log window that the save interrupted
@@ -235,7 +234,9 @@ class _Run:
         if self.step < self.total_steps or self._validation_due():
             self._compile()
         self.writer = MetricWriter(
-            self.workdir, start_step=self.step, validated_step=self.meta["validated_step"]
+            self.workdir,
+            start_step=self.step,
+            validated_step=self.checkpoints.validated_step,
         )
         signals.poll()
         several = self.step < self.early_steps < self.total_steps
@@ -276,10 +277,12 @@ class _Run:
             self._log_training()
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         save = last or (rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0)
-        top1 = self._validate() if self._validation_due() else None
+        means = self._validate() if self._validation_due() else None
         stop = self.stop_agreed()
-        if top1 is not None or ((save or stop) and self.step > self.saved_step):
-            self._save(top1)
+        if (means or save or stop) and self.step > self.saved_step:
+            self._save()
+        if means:
+            self.checkpoints.record(self.step, means)
         if stop:
             self.checkpoints.wait()
             raise self.stop_agreed.stopped(f"step {self.step} is saved; the same command resumes")
@@ -288,7 +291,7 @@ class _Run:
         epoch, rest = divmod(self.step, self.steps_per_epoch)
         due = rest == 0 and epoch % self.config.train.validate_every_epochs == 0
         due = due or self.step == self.total_steps
-        return due and "validation" in self.splits and self.step > self.meta["validated_step"]
+        return due and "validation" in self.splits and self.step > self.checkpoints.validated_step
 
     def _log_training(self) -> None:
         sums = self._checked_window()
@@ -298,8 +301,8 @@ class _Run:
         self.window.clear()
         self.timed_steps, self.timed_seconds = 0, 0.0
 
-    def _validate(self) -> float | None:
-        """Validation top-1; None where a stop signal came first."""
+    def _validate(self) -> dict[str, float] | None:
+        """The validation metrics; None where a stop signal came first."""
         self._checked_window()
         self._lap()
         sums = dict.fromkeys(("loss", "correct", "count"), 0.0)
@@ -311,9 +314,8 @@ class _Run:
         means = mean_metrics(sums)
         now = time.perf_counter()
         self._log("validation", means, sums["count"] / (now - self.clock))
-        self.meta["validated_step"] = self.step
         self.clock = now  # validation is not training time
-        return means["top1"]
+        return means
 
     def _log(self, split: str, means: dict[str, float], rate: float) -> None:
         updates = self.step - len(self.window.bad_steps)
@@ -340,11 +342,11 @@ class _Run:
         else:
             say(text)
 
-    def _save(self, top1: float | None) -> None:
+    def _save(self) -> None:
         sums = self._checked_window()
         self._lap()
         saved = {"seconds": self._seconds(), "sums": sums, "bad_steps": self.window.bad_steps}
-        self.checkpoints.save(self.step, self.state, self.meta | saved, top1=top1)
+        self.checkpoints.save(self.step, self.state, self.meta | saved)
         self.saved_step = self.step
         self.clock = time.perf_counter()  # saving is not training time
 

@@ -31,7 +31,9 @@ def target(state=STATE, mesh=None):
 def saved(directory, tops=(0.5,), **meta):
     checkpoints = Checkpoints(directory)
     for step, top1 in enumerate(tops, start=1):
-        checkpoints.save(step, STATE | {"step": jnp.int32(step)}, meta, top1=top1)
+        checkpoints.save(step, STATE | {"step": jnp.int32(step)}, meta)
+        if top1 is not None:
+            checkpoints.record(step, {"top1": top1})
     checkpoints.close()
     return Checkpoints(directory)
 
