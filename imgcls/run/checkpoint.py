@@ -41,7 +41,8 @@ class Checkpoints:
         self._directory = directory.absolute()  # orbax refuses relative paths
         self._scores_path = self._directory / "validation.json"
         self._writes = not read_only and is_main()
-        self._damaged: set[int] = set()  # found so by this object
+        self._has_next = ("best",) if read_only else ("best", "latest")  # used if it is damaged
+        self._damaged: set[int] = set()
         if misread := re.search(r"\\|gs:/|[\ud800-\udfff]", str(self._directory)):
             raise UserError(
                 f"{str(directory)!r} cannot hold checkpoints, because tensorstore misreads "
@@ -83,11 +84,12 @@ class Checkpoints:
         """
         self.wait()
         leaves = {
-            # As numpy's, because orbax would compile slices of a whole array, one per device.
+            # Whole arrays as numpy's, because orbax would compile slices of them, one per device.
             name: leaf if _is_split(leaf) else np.asarray(leaf)
             for name, leaf in _named_leaves(state).items()
         }
-        meta = json.loads(json.dumps(meta | {"leaves": _describe(leaves)}))  # the caller's changes
+        # A copy, because the caller's may change while it is being written.
+        meta = json.loads(json.dumps(meta | {"leaves": _describe(leaves)}))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves),
             meta=ocp.args.JsonSave(meta | {"sha256": _hash_json(meta)}),
@@ -120,7 +122,7 @@ class Checkpoints:
 
         Scores of later steps are dropped, because those steps come again.
         """
-        state, meta = self._first_good("latest", lambda step: self._read(step, target))
+        state, meta = self.restore("latest", target)
         if validated := meta.pop("validated_step", 0):  # older runs have it here
             self._scores.setdefault(validated, {})
         known, step = len(self._scores), self.find("latest")
@@ -130,7 +132,9 @@ class Checkpoints:
         return state, meta
 
     def restore(self, which: str, target: Any) -> tuple[Any, dict[str, Any]]:
-        """The checkpoint `which`; if the best is damaged, the best of the others, with a warning.
+        """The checkpoint `which`. A damaged one is set aside, and the next best or latest is used.
+
+        With `read_only` nothing is set aside, and only the best has a next.
 
         Args:
             which: "latest", "best" or a step.
@@ -139,11 +143,11 @@ class Checkpoints:
         Returns:
             The state, and the `meta` that was saved with it.
         """
-        return self._first_good(which, lambda step: self._read(step, target), which == "best")
+        return self._first_good(which, lambda step: self._read(step, target))
 
     def read_meta(self, which: str = "latest") -> dict[str, Any]:
         """The `meta` that `restore` would return, unless the arrays are damaged."""
-        return self._first_good(which, self._read_meta, which == "best")
+        return self._first_good(which, self._read_meta)
 
     def find(self, which: str) -> int:
         """The step of "latest", "best" or a step's number."""
@@ -155,25 +159,20 @@ class Checkpoints:
             )
         if not steps:
             raise CheckpointError(f"{self._directory} holds no checkpoint: train first")
-        if which == "latest":
-            return steps[-1]
-        if which == "best":
-            best = self._best()
-            if best is None:
-                raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
-            return best
-        if which not in map(str, steps):
+        named = {str(step): step for step in steps} | {"latest": steps[-1], "best": self._best()}
+        if which not in named:
             raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
-        return int(which)
+        if named[which] is None:
+            raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
+        return named[which]
 
-    def _first_good(self, which: str, read: Callable[[int], Any], or_next: bool = True) -> Any:
-        """What is read of the checkpoint `which`, or of the next such one if it is damaged."""
+    def _first_good(self, which: str, read: Callable[[int], Any]) -> Any:
         while True:
             step = self.find(which)
             try:
                 return read(step)
             except _Damaged as damage:
-                if not or_next:
+                if which not in self._has_next:
                     message = f"{damage}; choose another of {self.steps()}"
                     raise CheckpointError(message) from damage
                 done = f"renamed to damaged-{step}" if self._writes else "skipped"
@@ -275,7 +274,7 @@ def _blame(path: Path, error: BaseException) -> CheckpointError:
     while error.__cause__ is not None:
         error = error.__cause__
     told = re.search(r"os_error_code='(\d+)'", str(error))  # by tensorstore
-    code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    code = int(told[1]) if told else getattr(error, "errno", None)
     memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     if not memory and code in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return _Damaged(f"{first_line(error)}: {path} is damaged or was never finished")
@@ -323,7 +322,7 @@ def _describe(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, Any]:
 
 
 def _parts(leaf: jax.Array | np.ndarray) -> dict[str, Any]:
-    """What this process holds, by ranges of indices: "[]" is the whole, "[[0, 9]]" its rows to 9."""
+    """What this process holds, by ranges of indices: the whole is "[]", rows 3 and 4 "[[3, 5]]"."""
     if not _is_split(leaf):
         return {"[]": leaf}
     ranges = lambda index: json.dumps([s.indices(n)[:2] for s, n in zip(index, leaf.shape)])
