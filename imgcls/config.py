@@ -266,7 +266,8 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
         return f"it is called config.{RENAMED[key]} now"
     last = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
     section = [k for k in keys if k.partition(".")[0] == key.partition(".")[0]]
-    near = did_you_mean(key, last or keys, prefix="config.")
+    longer = [k for k in section if k.startswith(key)]
+    near = did_you_mean(key, last or longer[:1] or keys, prefix="config.")
     return near or f"there are {', '.join(section or keys)}"
 
 

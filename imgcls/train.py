@@ -128,7 +128,6 @@ def start_or_resume(
         "trained_by": machine.describe(),  # where and with what the run was started
         "cpu_kernels": sorted(exp.ops),
         "bits": exp.reproducibility_facts(),
-        "validated_step": 0,
         "seconds": 0.0,  # since the first start, all sessions together
         "train_seconds": 0.0,  # of them, in training steps
         "sums": None,  # of the log window that the save interrupted
@@ -183,12 +182,12 @@ def train(
     def validation_due() -> bool:
         epoch, rest = divmod(step, exp.steps_per_epoch)
         due = (rest == 0 and epoch % c.validate_every_epochs == 0) or step == exp.total_steps
-        return due and "validation" in exp.splits and step > meta["validated_step"]
+        return due and "validation" in exp.splits and step > checkpoints.validated_step
 
     if step >= last_step and not validation_due():
         return state, meta
     train_step, eval_step = compile_steps(exp, state)
-    writer = MetricWriter(workdir, start_step=step, validated_step=meta["validated_step"])
+    writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
     window = MetricWindow(meta["sums"], meta["bad_steps"])
     clock = Clock(meta["seconds"], meta["train_seconds"])
     with progress(exp.total_steps, "training", "steps", initial=step) as bar:
@@ -202,7 +201,7 @@ def train(
 
         stop = enough = False
         while True:
-            score = None
+            validated = None
             if clock.steps and (step % c.log_every_steps == 0 or step == exp.total_steps):
                 sums = check_finite(exp, window, workdir)
                 enough = callback(log("train", sums, clock.steps_per_second() * c.batch_size))
@@ -213,19 +212,21 @@ def train(
                 sums = validate(exp, eval_step, state, stop_agreed)
                 if sums is not None:  # else a stop signal came first
                     row = log("validation", sums, sums["count"] / clock.pause())
-                    score, meta["validated_step"] = row.get("top1", -row["loss"]), step
+                    validated = mean_metrics(sums)
                     enough = callback(row) or enough
             stop = stop_agreed()
             enough = enough or step >= last_step
             epoch, rest = divmod(step, exp.steps_per_epoch)
             save = rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0
-            if score is not None or ((save or stop or enough) and step > saved_step):
+            if (validated or save or stop or enough) and step > saved_step:
                 meta |= {"sums": check_finite(exp, window, workdir), "bad_steps": window.bad_steps}
                 clock.lap()
                 meta |= {"seconds": clock.seconds, "train_seconds": clock.train_seconds}
-                checkpoints.save(step, state, meta, top1=score)
+                checkpoints.save(step, state, meta)
                 saved_step = step
                 clock.pause()
+            if validated:
+                checkpoints.record(step, validated)
             if stop or enough:
                 break
             state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)

@@ -1,5 +1,7 @@
 """What was saved is what is restored, or the user is told; never something else."""
 
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -8,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imgcls import experiment
-from imgcls.errors import CheckpointError
-from imgcls.inference.classifier import state_target
-from imgcls.parallel import make_mesh, replicated
+from imgcls.errors import CheckpointError, UserError
+from imgcls.experiment import Experiment
+from imgcls.parallel import make_mesh, replicated, split_by_example
 from imgcls.run.checkpoint import Checkpoints
 from tests.conftest import ROOT, small_config
 
@@ -21,23 +23,32 @@ STATE = {
     "step": jnp.int32(7),
     "half": jnp.ones(3, "bfloat16"),
 }
+NAN = float("nan")
 
 
-def target(state=STATE, mesh=None):
-    sharding = replicated(mesh or make_mesh())
+def target(state=STATE, sharding=None):
+    sharding = sharding or replicated(make_mesh())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 
 def saved(directory, tops=(0.5,), **meta):
+    """The checkpoints of steps 1, 2, ..., with these validation top-1s or dicts of metrics."""
     checkpoints = Checkpoints(directory)
-    for step, top1 in enumerate(tops, start=1):
-        checkpoints.save(step, STATE | {"step": jnp.int32(step)}, meta, top1=top1)
+    for step, metrics in enumerate(tops, start=1):
+        checkpoints.save(step, STATE | {"step": jnp.int32(step)}, meta)
+        if metrics is not None:
+            metrics = metrics if isinstance(metrics, dict) else {"top1": metrics, "loss": 1.0}
+            checkpoints.record(step, metrics)
     checkpoints.close()
     return Checkpoints(directory)
 
 
 def largest_file(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def contents(folder):
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def test_state_and_meta_come_back_bit_for_bit(tmp_path):
@@ -49,18 +60,35 @@ def test_state_and_meta_come_back_bit_for_bit(tmp_path):
     assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in expected.items()}
 
 
-def test_restores_onto_another_number_of_devices(tmp_path):
-    checkpoints = saved(tmp_path)
-    for devices in (jax.devices()[:1], jax.devices()):
-        mesh = jax.sharding.Mesh(devices, ("data",))
-        state, _ = checkpoints.restore_latest(target(mesh=mesh))
-        assert len(state["kernel"].sharding.device_set) == len(devices)
-        np.testing.assert_array_equal(state["kernel"], STATE["kernel"])
+PLACES = {
+    "whole on one": lambda: replicated(Mesh(jax.devices()[:1], "data")),
+    "whole on four": lambda: replicated(make_mesh()),
+    "rows on four": lambda: split_by_example(make_mesh()),
+    "columns on two": lambda: NamedSharding(
+        Mesh(np.reshape(jax.devices(), (2, 2)), ("a", "b")), PartitionSpec(None, "a")
+    ),
+}
 
 
-def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
+@pytest.mark.parametrize("place", PLACES)
+def test_split_or_whole_it_is_restored_wherever_it_shall_live(place, tmp_path):
+    state = {"kernel": jax.device_put(STATE["kernel"], PLACES[place]())}
     checkpoints = Checkpoints(tmp_path)
-    state = jnp.zeros((1000, 1000))
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    for sharding in (make() for make in PLACES.values()):
+        found = checkpoints.restore_latest(target(state, sharding))[0]["kernel"]
+        assert found.sharding == sharding
+        np.testing.assert_array_equal(found, STATE["kernel"])
+    damage(tmp_path / "1", flip_a_bit)
+    with pytest.raises(CheckpointError, match="kernel are not those saved: .*/1 is damaged"):
+        checkpoints.restore("1", target(state))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_state_may_be_donated_while_it_is_being_saved(place, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = jax.device_put(jnp.zeros((1000, 1000)), PLACES[place]())
     spoil = jax.jit(lambda x: x + 1, donate_argnums=0)
     for step in range(1, 4):
         checkpoints.save(step, {"x": state}, {})
@@ -72,44 +100,74 @@ def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
 
 @pytest.mark.parametrize(
     "tops, best",
-    [([0.1, 0.9, 0.3, 0.2, 0.1], 2), ([0.5, float("nan"), float("nan"), float("nan")], 1)],
+    [
+        ([0.1, 0.9, 0.3, 0.2, 0.1], 2),
+        ([0.5, NAN, NAN, NAN], 1),
+        ([None, 0.3, None, None], 2),
+        ([0.1, 0.9, 0.9, 0.1, 0.1], 3),
+        ([{"loss": 2.0}, {"loss": 0.5}, {"loss": NAN}, {"loss": 0.6}], 2),
+    ],
 )
 def test_the_latest_and_the_best_are_kept(tmp_path, tops, best):
     checkpoints = saved(tmp_path, tops)
     assert checkpoints.find("latest") == len(tops)
     assert checkpoints.find("best") == best
-    assert set(checkpoints.steps()) == {best, len(tops) - 1, len(tops)}
+    assert checkpoints.steps() == sorted({best, len(tops) - 1, len(tops)})
+    json.loads((tmp_path / "validation.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_steps_that_were_not_validated_are_never_the_best(tmp_path):
-    checkpoints = saved(tmp_path, [None, 0.3, None, None])
-    assert checkpoints.find("best") == 2 and checkpoints.find("latest") == 4
+def test_scores_past_the_restored_step_are_dropped(tmp_path):
+    checkpoints = saved(tmp_path, [0.1, 0.2, 0.9])
+    checkpoints.record(4, {"top1": 0.3})  # killed before its save was whole
+    damage(tmp_path / "3", flip_a_bit)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.validated_step == 4
+    checkpoints.restore_latest(target())
+    assert Checkpoints(tmp_path).validated_step == checkpoints.validated_step == 2
+    before = contents(tmp_path)
+    Checkpoints(tmp_path).restore_latest(target())
+    assert contents(tmp_path) == before
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
-    checkpoints = saved(tmp_path, [None])
-    checkpoints.save(1, STATE, {"again": True}, top1=0.5)
-    checkpoints.wait()
-    assert checkpoints.restore_latest(target())[1] == {"again": True}
+@pytest.mark.parametrize(
+    "garbage", [b"", b"\0" * 50, b'{"1": {"top1": 0', b"[1]", b'{"1": 2}', b'{"1": {"top1": "a"}}']
+)
+def test_scores_that_cannot_be_read_count_as_none_with_a_warning(tmp_path, garbage, caplog):
+    saved(tmp_path, [0.5, 0.4])
+    (tmp_path / "validation.json").write_bytes(garbage)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore_latest(target())[0]["step"] == 2
+    assert checkpoints.validated_step == 0 and len(caplog.records) == 1
+    checkpoints.record(2, {"top1": 0.4})
+    assert Checkpoints(tmp_path).find("best") == 2
+
+
+def test_the_checkpoints_of_an_older_run_are_used(tmp_path):
+    saved(tmp_path, [0.5, 0.4], validated_step=1)
+    (tmp_path / "validation.json").unlink()
+    for step, top1 in ((1, "0.5"), (2, "0.4")):
+        (tmp_path / f"{step}/metrics").mkdir()
+        (tmp_path / f"{step}/metrics/metrics").write_text(f'{{"top1": {top1}}}')
+        path = tmp_path / f"{step}/meta/metadata"
+        meta = json.loads(path.read_text())
+        del meta["sha256"]
+        for leaf in meta["leaves"].values():
+            leaf["sha256"] = leaf["sha256"]["[]"]
+        path.write_text(json.dumps(meta))
+    (tmp_path / "2/metrics/metrics").write_text("")  # a power cut
+    checkpoints = Checkpoints(tmp_path)
     assert checkpoints.find("best") == 1
+    assert checkpoints.restore_latest(target())[1] == {}
+    assert checkpoints.validated_step == 1
+    damage(tmp_path / "2", flip_a_bit)
+    assert checkpoints.restore_latest(target())[0]["step"] == 1
 
 
-def test_what_a_save_replaces_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_what_is_there(tmp_path):
     checkpoints = saved(tmp_path, [None], first=True)
-
-    def full(*args, **kwargs):
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, "save", full)
-        with pytest.raises(CheckpointError, match="earlier checkpoints are intact"):
-            checkpoints.save(1, STATE, {"first": False}, top1=0.5)
-    again = Checkpoints(tmp_path)
-    assert again.restore_latest(target())[1] == {"first": True}
-    again.save(1, STATE, {"first": False}, top1=0.5)
-    again.close()
-    assert not list(tmp_path.glob("replaced*"))
-    assert Checkpoints(tmp_path).restore_latest(target())[1] == {"first": False}
+    with pytest.raises(CheckpointError, match="earlier checkpoints are intact"):
+        checkpoints.save(1, STATE, {"first": False})  # the place is taken
+    assert Checkpoints(tmp_path).restore_latest(target())[1] == {"first": True}
 
 
 def flip_a_bit(path):
@@ -118,18 +176,19 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-        lambda path: path.unlink(),
-        flip_a_bit,
-    ],
-    ids=["truncated", "deleted", "one bit"],
-)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, damage, caplog):
-    checkpoints = saved(tmp_path, [0.1, 0.2])
-    damage(largest_file(tmp_path / "2" / "state"))
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage(checkpoint, how, part="state"):
+    how(largest_file(checkpoint / part))
+
+
+@pytest.mark.parametrize("part", ["state", "meta"])
+@pytest.mark.parametrize("how", [cut, lambda path: path.unlink(), flip_a_bit])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, how, part, caplog):
+    checkpoints = saved(tmp_path, [0.1, 0.2], text="x" * 2000)
+    damage(tmp_path / "2", how, part)
     with pytest.raises(CheckpointError, match=r"/2 is damaged.*choose another of \[1, 2\]"):
         checkpoints.restore("2", target())
     state, _ = checkpoints.restore_latest(target())
@@ -138,10 +197,38 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, dam
     assert (tmp_path / "damaged-2").is_dir() and checkpoints.steps() == [1]
 
 
+def test_where_the_best_is_damaged_the_best_of_the_others_is_used(tmp_path, caplog):
+    checkpoints = saved(tmp_path, [0.9, 0.8, 0.7])
+    damage(tmp_path / "1", cut)
+    before = contents(tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).restore("best", target())[0]["step"] == 2
+    assert contents(tmp_path) == before and "1 is damaged" in caplog.text
+    assert checkpoints.restore("best", target())[0]["step"] == 2
+    assert (tmp_path / "damaged-1").is_dir()
+    damage(tmp_path / "2", cut, "meta")
+    damage(tmp_path / "3", cut, "meta")
+    with pytest.raises(CheckpointError, match="none of the checkpoints can be read"):
+        Checkpoints(tmp_path).read_meta("best")
+
+
+@pytest.mark.parametrize("part", ["state", "meta"])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, part):
+    checkpoints = saved(tmp_path, [0.1, 0.2])
+    path = largest_file(tmp_path / "2" / part)
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)  # opening it fails, for root too, and not because it is missing
+    with pytest.raises(CheckpointError, match="/2 could not be read "):
+        checkpoints.restore_latest(target())
+    path.unlink()
+    path.write_bytes(content)
+    assert checkpoints.restore_latest(target())[0]["step"] == 2
+
+
 def test_a_step_may_be_damaged_twice(tmp_path):
     saved(tmp_path, [0.1, 0.2]).close()
     for _ in range(2):
-        (largest_file(tmp_path / "2" / "state")).unlink()
+        damage(tmp_path / "2", lambda path: path.unlink())
         checkpoints = Checkpoints(tmp_path)
         assert checkpoints.restore_latest(target())[0]["step"] == 1
         checkpoints.save(2, STATE, {})
@@ -156,20 +243,50 @@ def test_an_empty_step_directory_is_set_aside(tmp_path, caplog):
     assert state["step"] == 1 and "5 is damaged or was never finished" in caplog.text
 
 
-def test_unfinished_saves_are_removed(tmp_path):
+def test_unfinished_saves_are_removed_and_other_things_left_alone(tmp_path):
     saved(tmp_path).close()
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
-    assert Checkpoints(tmp_path).steps() == [1]
-    assert not list(tmp_path.glob("*tmp*"))
+    (tmp_path / "notes.orbax-checkpoint-tmp-1").write_text("a stray file")
+    others = ["6", "007", "-1", "notes", "7.5", ".DS_Store"]
+    for name in others:
+        (tmp_path / name).write_text("a stray file")
+    (tmp_path / "folder").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*"))
+    assert all((tmp_path / name).exists() for name in [*others, "folder"])
+    checkpoints.save(6, STATE, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore_latest(target())[0]["step"] == 7
 
 
 def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
     checkpoints = saved(tmp_path, [0.1, 0.2])
     for step in ("1", "2"):
-        largest_file(tmp_path / step / "state").unlink()
+        damage(tmp_path / step, lambda path: path.unlink())
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         checkpoints.restore_latest(target())
     assert len(list(tmp_path.glob("damaged-*"))) == 2
+    for _ in range(2):  # whenever it is started again
+        with pytest.raises(CheckpointError, match="none of the checkpoints"):
+            Checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["[best]", "lr*", "what?", "50%2e", "図 #1", "x.orbax-checkpoint-tmp-1"]
+)
+def test_a_directory_may_have_any_name(tmp_path, name):
+    saved(tmp_path / "lr=0.1/checkpoints").close()  # "lr*" would match it, too
+    checkpoints = saved(tmp_path / name / "checkpoints", [0.1, 0.2])
+    assert checkpoints.restore("best", target())[0]["step"] == 2
+    damage(tmp_path / name / "checkpoints/2", cut)
+    assert checkpoints.restore_latest(target())[0]["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "logs:", "no\udcfftext"])
+def test_but_for_names_that_tensorstore_would_misread(tmp_path, name):
+    with pytest.raises(UserError, match="another --workdir"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -202,6 +319,53 @@ def test_what_cannot_be_found_is_said(tmp_path):
         checkpoints.find("²")
 
 
+PROCESS = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from imgcls.parallel import make_mesh, replicated, split_by_example
+from imgcls.run.checkpoint import Checkpoints
+x = np.arange(4000, dtype=np.float32).reshape(40, 100)
+places = {"split": split_by_example(make_mesh()), "whole": replicated(make_mesh())}
+state = {n: jax.make_array_from_callback(x.shape, s, lambda i: x[i]) for n, s in places.items()}
+target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for n, s in places.items()}
+add_one = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+checkpoints = Checkpoints(Path(sys.argv[3]))
+for step in 1, 2, 3:
+    checkpoints.save(step, state, {})
+    checkpoints.record(step, {"loss": float(step)})
+    state = add_one(state)
+checkpoints.close()
+if jax.process_index() == 0:  # damages what only the other one reads
+    files = Path(sys.argv[3]).glob("3/state/ocdbt.process_1/d/*")
+    path = max(files, key=lambda path: path.stat().st_size)
+    path.write_bytes(bytes(path.stat().st_size))
+sync_global_devices("damaged")
+both = checkpoints.restore_latest(target), checkpoints.restore("best", target)
+for more, found in zip((1, 0), both):
+    for shard in (shard for leaf in found[0].values() for shard in leaf.addressable_shards):
+        np.testing.assert_array_equal(shard.data, x[shard.index] + more)
+"""
+
+
+def test_each_process_saves_and_reads_its_own_and_all_use_the_same_checkpoint(tmp_path):
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    command = lambda i: [sys.executable, "-c", PROCESS, address, str(i), tmp_path]
+    pair = [
+        subprocess.Popen(command(i), cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in (0, 1)
+    ]
+    printed = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], printed
+    assert (tmp_path / "damaged-3").is_dir()
+    x = np.arange(4000, dtype=np.float32).reshape(40, 100)
+    found, _ = Checkpoints(tmp_path).restore("2", target({"split": x, "whole": x}))  # alone
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, x + 1), found)
+
+
 VARIANTS = {
     "classes": ({}, 11, r"params.Dense_1.bias was saved as float32\[10\], expected is \w+\[11\]"),
     "widths": ({"model__dense_widths": (17,)}, 10, r"saved as float32\[16\], expected .*\[17\]"),
@@ -214,7 +378,7 @@ VARIANTS = {
 def test_the_state_of_another_model_is_refused(variant, tmp_path):
     def state_of(classes=10, **changed):
         config = small_config(**changed)
-        return state_target(config, experiment.build_model(config, classes))
+        return Experiment(config, class_names=range(classes)).state_target()
 
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state_of()), {})
