@@ -16,8 +16,7 @@ from scipy.stats import ttest_1samp
 
 from imgcls import experiment
 from imgcls.errors import UserError
-from tests.conftest import ROOT, flags_of, small_config
-from tests.finished_run import random_logits, write_run
+from tests.helpers import ROOT, flags_of, random_logits, small_config, write_run
 
 
 def fake_run(workdir, seed, command_seconds=None, **changes):

@@ -14,11 +14,11 @@ from imgcls.config import check_resumable, default_config, flatten, from_json, t
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS
-from tests.conftest import ROOT, small_config
+from tests.helpers import ROOT, small_config
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # What the eight configs said in commit ed91c69, before defaults stood in one place.
-BEFORE = json.loads((ROOT / "tests/data/configs.json").read_text())
+BEFORE = json.loads((ROOT / "tests/fixtures/configs.json").read_text())
 MUON_ONLY = {"optim.adam_learning_rate"}
 MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
 ADDED = {"task.name", "task.class_weights"}

@@ -18,7 +18,7 @@ from imgcls.experiment import Experiment, build_model, load_config
 from imgcls.models import resnet
 from imgcls.run.workdir import write_json
 from imgcls.task import balanced_weights
-from tests.conftest import small_config
+from tests.helpers import small_config
 from tests.test_config import CONFIGS
 
 

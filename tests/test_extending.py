@@ -9,7 +9,7 @@ from imgcls.augment import AUGMENTATIONS
 from imgcls.data.sources import SOURCES
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 DOCUMENT = (ROOT / "docs" / "extending.md").read_text("utf-8")
 

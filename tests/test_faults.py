@@ -19,7 +19,7 @@ import pytest
 
 from imgcls.run.logs import read_metrics
 from imgcls.run.workdir import claim
-from tests.conftest import ROOT, as_users, flags_of, run_main, small_config
+from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
 
 DIGITS = "--config=configs/digits.py"

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from imgcls.run import cli
-from tests.conftest import ROOT, flags_of, run_main, small_config
+from tests.helpers import ROOT, flags_of, run_main, small_config
 from tests.test_faults import LONGER
 
 DIGITS = "--config=configs/digits.py"

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from imgcls.config import validate
-from tests.conftest import ROOT, as_users
+from tests.helpers import ROOT, as_users
 
 nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
 

@@ -7,7 +7,7 @@ from imgcls.errors import UserError
 from imgcls.profile import profile
 from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
-from tests.conftest import small_config
+from tests.helpers import small_config
 
 
 def files(workdir):

@@ -16,7 +16,7 @@ from imgcls.run import machine, processes
 from imgcls.run.events import EventWriter
 from imgcls.run.logs import MetricWriter, read_metrics
 from imgcls.train import train_and_evaluate
-from tests.conftest import small_config
+from tests.helpers import small_config
 from tests.test_train import EVERYTHING, stop_after
 
 

@@ -18,9 +18,8 @@ from imgcls.data import cache
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.inference.predict import predict
 from imgcls.train import train_and_evaluate
-from tests.conftest import ROOT, all_images, small_config
-from tests.test_export import needs_onnx
-from tests.untrained_run import write_untrained_run
+from tests.helpers import ROOT, all_images, small_config, write_untrained_run
+from tests.inference.test_export import needs_onnx
 
 PARTS = ("train", "validation", "test")
 
@@ -164,5 +163,6 @@ def test_every_test_that_a_promise_names_exists():
     named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "docs/robustness.md").read_text())
     assert len(named) > 20
     for file, function in named:
-        source = (ROOT / "tests" / f"{file}.py").read_text()
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        source = path.read_text()
         assert re.search(rf"^def {function}\(", source, re.MULTILINE), f"{file}::{function}"

@@ -20,7 +20,7 @@ from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import MetricWindow, read_metrics
 from imgcls.train import train_and_evaluate
-from tests.conftest import small_config
+from tests.helpers import small_config
 
 # Everything on that carries state from step to step, or draws at random.
 EVERYTHING = {

@@ -15,8 +15,7 @@ from imgcls.errors import BadExampleError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
 from imgcls.inference.predict import find_files, predict
-from tests.conftest import ROOT, all_images, small_config
-from tests.untrained_run import write_untrained_run
+from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from imgcls import experiment
 from imgcls.run import machine
-from tests.conftest import small_config
+from tests.helpers import small_config
 
 compiler_options = machine.compiler_options.__wrapped__  # not what an earlier call found
 

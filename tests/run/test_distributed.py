@@ -11,7 +11,7 @@ import pytest
 
 from imgcls.errors import UserError
 from imgcls.run.processes import session
-from tests.conftest import FAST_COMPILATION, ROOT, flags_of, small_config
+from tests.helpers import ROOT, flags_of, small_config
 from tests.test_faults import final_arrays, read_until
 from tests.test_train import EVERYTHING
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 def start(workdir, config, *arguments, devices=1, environment=()) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "main.py"), "--config=configs/digits.py"]
     command += [f"--workdir={workdir}", f"--heartbeat_timeout={HEARTBEAT}", *arguments]
-    flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags} | dict(environment)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, env=environment, **streams)

@@ -16,7 +16,7 @@ from imgcls.errors import CheckpointError, UserError
 from imgcls.experiment import Experiment
 from imgcls.parallel import make_mesh, replicated, split_by_example
 from imgcls.run.checkpoint import Checkpoints
-from tests.conftest import ROOT, small_config
+from tests.helpers import ROOT, small_config
 
 STATE = {
     "kernel": jnp.arange(2000.0).reshape(40, 50),

@@ -14,7 +14,7 @@ from imgcls.errors import UserError
 from imgcls.evaluation import evaluate as evaluation
 from imgcls.run import machine
 from imgcls.train import train_and_evaluate
-from tests.conftest import ROOT, as_users, small_config
+from tests.helpers import ROOT, as_users, small_config
 
 
 def evaluate(workdir, *arguments):

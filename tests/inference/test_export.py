@@ -22,8 +22,7 @@ from imgcls.inference import export as module
 from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import resnet
-from tests.conftest import ROOT, all_images, small_config
-from tests.untrained_run import write_untrained_run
+from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 
 needs_onnx = pytest.mark.skipif(
     not (find_spec("onnx") and find_spec("onnxruntime")),

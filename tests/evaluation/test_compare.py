@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from imgcls.errors import UserError
 from imgcls.evaluation.compare import as_text, compare
-from tests.finished_run import random_logits, write_run
+from tests.helpers import random_logits, write_run
 
 
 def logits_of(predicted):
@@ -131,7 +131,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     config = json.loads((runs[1] / "config.json").read_text()) | {"note": hostile}
     (runs[1] / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "imgcls", "compare", *map(str, runs)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=120
     )

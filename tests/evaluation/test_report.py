@@ -13,8 +13,8 @@ from PIL import Image
 
 from imgcls.errors import UserError
 from imgcls.evaluation import report
-from tests.browser import CHROMIUM, Browser
-from tests.finished_run import random_logits, write_run
+from tests.evaluation.browser import CHROMIUM, Browser
+from tests.helpers import random_logits, write_run
 
 HOSTILE = [
     "<script>document.title='broken'</script>",

@@ -17,9 +17,9 @@ import pytest
 from imgcls.data.sources import open_sources
 from imgcls.data.tfds import find
 from imgcls.errors import BadExampleError, UserError
-from tests.make_tfds_datasets import TEST, TRAIN, picture
+from tests.data.make_tfds_datasets import TEST, TRAIN, picture
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Opens a dataset and reads all of it, as a program that has nothing else in it.
 READER = """
 import hashlib, sys

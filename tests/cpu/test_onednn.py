@@ -9,7 +9,7 @@ import pytest
 
 from imgcls import cpu
 from imgcls.cpu import conv, onednn
-from tests.test_kernels import assert_close, convolve, lax_convolve, normal, pull
+from tests.cpu.test_kernels import assert_close, convolve, lax_convolve, normal, pull
 
 HAS_WINOGRAD = bool(onednn._runtime().library.dnnl_get_effective_cpu_isa() & onednn.AVX512_CORE)
 BASE = onednn.Convolution(
