@@ -14,19 +14,67 @@ python -m imgcls COMMAND --help tells the flags of one.
 """
 
 import sys
-from types import ModuleType
+from typing import Any
 
+from absl import flags
+from ml_collections import config_flags
+
+from imgcls.config import check_flags, describe
 from imgcls.errors import UserError, did_you_mean
-from imgcls.run import cli
+from imgcls.run import cli, processes
+
+
+class Train:
+    """Trains an image classifier, or resumes it, and says how good it is on the test split.
+
+        python main.py --config=configs/cifar10.py --workdir=runs/cifar10 [--config.key=value ...]
+
+    Every key of the config can be set from the command line. The same command on the same --workdir
+    resumes. Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4
+    checkpoint trouble; 130 and 143 stopped by Ctrl-C and SIGTERM, saved. On several machines, or as
+    several processes: see their flags below.
+    """
+
+    @staticmethod
+    def define_flags() -> None:
+        config_flags.DEFINE_config_file(
+            "config", None, "File with get_config(), such as configs/digits.py.", lock_config=True
+        )
+        flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+        flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+        flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+        flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all.", 1)
+        flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds until a silent one is dead.", 1)
+
+    check_flags = staticmethod(check_flags)
+    more_help = staticmethod(describe)
+
+    @staticmethod
+    def main(_: list[str]) -> None:
+        from imgcls.train import train_and_evaluate
+
+        f = flags.FLAGS
+        if f.config is None:
+            raise UserError("--config is missing: try --config=configs/digits.py")
+        workdir = cli.required_workdir()
+        with processes.session(
+            f.coordinator_address,
+            f.num_processes,
+            f.process_id,
+            start_timeout=f.start_timeout,
+            heartbeat_timeout=f.heartbeat_timeout,
+        ):
+            train_and_evaluate(f.config.copy_and_resolve_references(), workdir)
+
 
 COMMANDS = ("train", "evaluate", "predict", "report", "compare", "export", "profile")
 
 
-def command(name: str) -> ModuleType:
-    """The module of a command: `define_flags`, `main(arguments)` and a docstring for `--help`."""
+def command(name: str) -> Any:
+    """What `cli.run` needs of a command: `define_flags`, `main(arguments)` and a docstring."""
     match name:  # only what is asked for is imported
         case "train":
-            from imgcls import train as module
+            module = Train
         case "evaluate":
             from imgcls.evaluation import evaluate as module
         case "predict":

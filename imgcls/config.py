@@ -10,10 +10,11 @@ import json
 import math
 import re
 import runpy
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from imgcls import augment, optim
@@ -292,13 +293,13 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
         raise
 
 
-def check_flags(argv: list[str], known: Container[str]) -> None:
-    """Raises UserError for a flag that is neither known nor a key, where a key is near."""
+def check_flags(argv: list[str]) -> None:
+    """Raises UserError for a flag that does not exist, where a key of the config is near."""
     config = from_arguments(argv)
     keys = {} if config is None else flatten(config)
     for argument in argv if keys else []:
         name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("--") or name in known:
+        if not argument.startswith("--") or name in flags.FLAGS:
             continue
         if name.startswith("config."):
             key = name.removeprefix("config.")

@@ -118,13 +118,14 @@ class Experiment:
 
     @functools.cached_property
     def task(self) -> Task:
-        c = self.config
-        task = TASKS[c.task.name]
-        own = own_values(c, "task", task)
+        if self._task is not None:
+            return self._task
+        task = TASKS[self.config.task.name]
+        own = own_values(self.config, "task", task)
         if own.get("class_weights", "none") != "none" and self._class_names is None:
             counts = np.bincount(self.splits["train"].labels, minlength=len(self.class_names))
             own["class_counts"] = tuple(counts.tolist())
-        return self._task or task(**own)
+        return task(**own)
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -138,7 +139,6 @@ class Experiment:
         if isinstance(begun_with, bool):
             begun_with = ["act", "norm", "pool", *(["conv"] if begun_with else [])]
         self.ops = {name: op for name, op in self.ops.items() if name in begun_with}
-        self.__dict__.pop("model", None)
 
     def reproducibility_facts(self, saved: dict[str, Any] | None = None) -> dict[str, Any]:
         """What decides the last bits of a run, besides its config, its data and this code.

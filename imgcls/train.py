@@ -1,12 +1,4 @@
-"""Trains an image classifier, or resumes it, and says how good it is on the test split.
-
-    python main.py --config=configs/cifar10.py --workdir=runs/cifar10 [--config.key=value ...]
-
-Every key of the config can be set from the command line, such as --config.optim.learning_rate=0.1.
-The same command on the same --workdir resumes. Exit codes: 0 done; 2 the command, config or data is
-wrong; 3 training diverged; 4 checkpoint trouble; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
-On several machines, or as several processes: see their flags below.
-"""
+"""Training: from the last checkpoint in a workdir, if any, to the end and the test split."""
 
 import time
 from collections.abc import Callable
@@ -17,8 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from imgcls import config as configs
 from imgcls.data.splits import Split
@@ -28,7 +19,7 @@ from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
-from imgcls.run import cli, files, machine, processes, signals
+from imgcls.run import files, machine, signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import (
     Clock,
@@ -372,38 +363,3 @@ def open_test(
         checkpoint=checkpoint,
         poll=poll,
     )
-
-
-def define_flags() -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "File with get_config(), such as configs/digits.py.", lock_config=True
-    )
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
-    flags.DEFINE_integer("num_processes", None, "How many processes train together.")
-    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-    flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for all.", 1)
-    flags.DEFINE_integer("heartbeat_timeout", 30, "Seconds until a silent process is dead.", 1)
-
-
-def check_flags(argv: list[str]) -> None:
-    configs.check_flags(argv, known=flags.FLAGS)
-
-
-def more_help(argv: list[str]) -> str:
-    return configs.describe(argv)
-
-
-def main(_: list[str]) -> None:
-    f = flags.FLAGS
-    if f.config is None:
-        raise UserError("--config is missing: try --config=configs/digits.py")
-    workdir = cli.required_workdir()
-    config = f.config.copy_and_resolve_references()
-    with processes.session(
-        f.coordinator_address,
-        f.num_processes,
-        f.process_id,
-        start_timeout=f.start_timeout,
-        heartbeat_timeout=f.heartbeat_timeout,
-    ):
-        train_and_evaluate(config, workdir)

@@ -6,6 +6,7 @@ or another process of the run died.
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import re
@@ -13,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory
 from imgcls.run import signals
 from imgcls.run.logs import say
 
+LIBRARY_FLAGS = set(flags.FLAGS)  # those of absl
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 
 flags.DEFINE_boolean("debug", False, "Show the traceback of errors that have a one-line message.")
@@ -39,11 +40,11 @@ def required_workdir() -> Path:
     return Path(flags.FLAGS.workdir)
 
 
-def run(command: Callable[[], ModuleType], argv: list[str]) -> None:
+def run(command: Callable[[], Any], argv: list[str]) -> None:
     """Parses the flags of a command, runs it and exits with its code.
 
     Args:
-        command: imports the command's module: its `define_flags()`, its `main(arguments)`, the
+        command: imports the command, which has `define_flags()`, its `main(arguments)`, the
             docstring that `--help` prints, and `POSITIONAL` where arguments need not be flags.
         argv: what was typed, the command's name first.
     """
@@ -93,11 +94,14 @@ def _except_tensorstore(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(module: ModuleType, argv: list[str]) -> list[str]:
+def _parse(module: Any, argv: list[str]) -> list[str]:
     if HELP & set(argv):
-        own = (flags.FLAGS.module_help(name) for name in (module.__name__, __name__))
+        own = sorted(set(flags.FLAGS) - LIBRARY_FLAGS)
         more = module.more_help(argv) if hasattr(module, "more_help") else ""
-        say("\n".join([module.__doc__ or "", *own, more]))
+        lines = [
+            f"  --{name}={flags.FLAGS[name].default}  {flags.FLAGS[name].help}" for name in own
+        ]
+        say("\n".join([inspect.cleandoc(module.__doc__ or ""), "", *lines, more]))
         raise SystemExit(0)
     try:
         if hasattr(module, "check_flags"):
