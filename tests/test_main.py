@@ -134,7 +134,7 @@ def test_help_tells_how_to_start():
     result = run_main("--help")
     assert result.returncode == 0
     assert "python main.py --config=configs/cifar10.py --workdir=" in result.stdout
-    assert "debug: " in result.stdout and "--workdir" in result.stdout
+    assert "--debug" in result.stdout and "--workdir" in result.stdout
 
 
 def test_importing_the_project_imports_neither_tensorflow_nor_what_only_reports_need():
