@@ -412,7 +412,7 @@ def kill_while_saving(directory, kills):
         before = newest()
         while process.poll() is None:
             time.sleep(0.002)
-            if newest() > before and list(directory.glob("*-tmp*/**/d/*")):
+            if newest() > before and list(directory.glob("*.orbax-checkpoint-tmp/**/d/*")):
                 process.kill()  # one save is done, and a file of the next one has begun
                 break
         process.wait()

@@ -41,7 +41,7 @@ class Checkpoints:
         self._directory = directory.absolute()  # orbax refuses relative paths
         self._scores_path = self._directory / "validation.json"
         self._writes = not read_only and is_main()
-        self._has_next = ("best",) if read_only else ("best", "latest")  # used if it is damaged
+        self._passes_over = ("best",) if read_only else ("best", "latest")  # if it is damaged
         self._damaged: set[int] = set()
         if misread := re.search(r"\\|gs:/|[\ud800-\udfff]", str(self._directory)):
             raise UserError(
@@ -118,7 +118,9 @@ class Checkpoints:
             self._saver.wait_until_finished()
             steps = self.steps() if self._writes else []
             for step in set(steps) - {*steps[-2:], self._best()}:
-                _remove(self._path(step))
+                # Renamed first, so that a kill leaves no half of a checkpoint.
+                unwanted = self._path(step).with_suffix(".orbax-checkpoint-tmp-unwanted")
+                _remove(self._path(step).rename(unwanted))
 
     def close(self) -> None:
         self.wait()
@@ -179,7 +181,7 @@ class Checkpoints:
             try:
                 return read(step)
             except _Damaged as damage:
-                if which not in self._has_next:
+                if which not in self._passes_over:
                     message = f"{damage}; choose another of {self.steps()}"
                     raise CheckpointError(message) from damage
                 done = f"renamed to damaged-{step}" if self._writes else "skipped"
