@@ -41,7 +41,7 @@ class Checkpoints:
         self._directory = directory.absolute()  # orbax refuses relative paths
         self._scores_path = self._directory / "validation.json"
         self._writes = not read_only and is_main()
-        self._has_next = ("best",) if read_only else ("best", "latest")  # used if it is damaged
+        self._passes_over = ("best",) if read_only else ("best", "latest")  # if it is damaged
         self._damaged: set[int] = set()
         if misread := re.search(r"\\|gs:/|[\ud800-\udfff]", str(self._directory)):
             raise UserError(
@@ -56,6 +56,8 @@ class Checkpoints:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     _remove(unfinished)  # what a kill left of a save
+                if self._scores_path.is_dir():
+                    self._set_aside(self._scores_path.name)
             self._scores = self._read_scores()
             if not read_only and any(self._directory.glob("damaged-[0-9]*")):
                 self.find("latest")
@@ -69,7 +71,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps saved, oldest first; not every one need be good."""
-        names = os.listdir(self._directory) if self._directory.exists() else []
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _blame(self._directory, error) from error
         steps = {int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)}
         return sorted(step for step in steps - self._damaged if self._path(step).is_dir())
 
@@ -111,7 +118,9 @@ class Checkpoints:
             self._saver.wait_until_finished()
             steps = self.steps() if self._writes else []
             for step in set(steps) - {*steps[-2:], self._best()}:
-                _remove(self._path(step))
+                # Renamed first, so that a kill leaves no half of a checkpoint.
+                unwanted = self._path(step).with_suffix(".orbax-checkpoint-tmp-unwanted")
+                _remove(self._path(step).rename(unwanted))
 
     def close(self) -> None:
         self.wait()
@@ -172,13 +181,14 @@ class Checkpoints:
             try:
                 return read(step)
             except _Damaged as damage:
-                if which not in self._has_next:
+                if which not in self._passes_over:
                     message = f"{damage}; choose another of {self.steps()}"
                     raise CheckpointError(message) from damage
                 done = f"renamed to damaged-{step}" if self._writes else "skipped"
                 logging.warning("%s; %s", damage, done)
                 self._damaged.add(step)
-                self._set_aside(step)
+                with self._saving():
+                    self._set_aside(step)
 
     def _best(self) -> int | None:
         scored = [(self._scores[step], step) for step in self.steps() if self._scores.get(step)]
@@ -238,9 +248,9 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, name: int | str) -> None:
         """Takes it out of the run, in the place of an earlier one of that name."""
-        path, aside = self._path(step), self._directory / f"damaged-{step}"
+        path, aside = self._directory / str(name), self._directory / f"damaged-{name}"
         if self._writes and os.path.lexists(path):
             _remove(aside)
             path.rename(aside)
@@ -273,15 +283,31 @@ def _blame(path: Path, error: BaseException) -> CheckpointError:
         return error
     while error.__cause__ is not None:
         error = error.__cause__
-    told = re.search(r"os_error_code='(\d+)'", str(error))  # by tensorstore
-    code = int(told[1]) if told else getattr(error, "errno", None)
-    memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-    if not memory and code in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        return _Damaged(f"{first_line(error)}: {path} is damaged or was never finished")
-    return CheckpointError(
-        f"{path} could not be read ({first_line(error)}) and is left as it is: run the same "
-        "command again when it can be read"
-    )
+    for failure in (error, _unreadable(path)):
+        told = re.search(r"os_error_code='(\d+)'", str(failure))  # by tensorstore
+        code = int(told[1]) if told else getattr(failure, "errno", None)
+        memory = isinstance(failure, MemoryError) or "RESOURCE_EXHAUSTED" in str(failure)
+        if memory or code not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return CheckpointError(
+                f"{path} could not be read ({first_line(failure)}) and is left as it is: run the "
+                "same command again when it can be read"
+            )
+    return _Damaged(f"{first_line(error)}: {path} is damaged or was never finished")
+
+
+def _unreadable(path: Path) -> OSError | None:
+    """Why a file or folder cannot be opened, which orbax takes for missing."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        for folder, _, names in os.walk(path, onerror=fail):
+            for name in names:
+                open(os.path.join(folder, name), "rb").close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

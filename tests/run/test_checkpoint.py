@@ -211,17 +211,20 @@ def test_where_the_best_is_damaged_the_best_of_the_others_is_used(tmp_path, capl
         Checkpoints(tmp_path).read_meta("best")
 
 
-@pytest.mark.parametrize("part", ["state", "meta"])
+@pytest.mark.parametrize("part", ["state", "state/*/d/*", "meta/metadata"])
 def test_what_cannot_be_read_now_is_not_damaged(tmp_path, part):
     checkpoints = saved(tmp_path, [0.1, 0.2])
-    path = largest_file(tmp_path / "2" / part)
-    content = path.read_bytes()
-    path.unlink()
-    path.symlink_to(path.name)  # opening it fails, for root too, and not because it is missing
+    before = contents(tmp_path)
+    paths = sorted((tmp_path / "2").glob(part))
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+        path.symlink_to(path.name)  # opening it fails, for root too, and not because it is missing
     with pytest.raises(CheckpointError, match="/2 could not be read "):
         checkpoints.restore_latest(target())
-    path.unlink()
-    path.write_bytes(content)
+    for path in paths:
+        path.unlink()
+        path.with_suffix(".away").rename(path)
+    assert contents(tmp_path) == before
     assert checkpoints.restore_latest(target())[0]["step"] == 2
 
 
@@ -236,27 +239,26 @@ def test_a_step_may_be_damaged_twice(tmp_path):
     assert checkpoints.steps() == [1, 2]
 
 
-def test_an_empty_step_directory_is_set_aside(tmp_path, caplog):
+def test_what_does_not_belong_here_is_removed_set_aside_or_left_alone(tmp_path, caplog):
     saved(tmp_path).close()
-    (tmp_path / "5").mkdir()
-    state, _ = Checkpoints(tmp_path).restore_latest(target())
-    assert state["step"] == 1 and "5 is damaged or was never finished" in caplog.text
-
-
-def test_unfinished_saves_are_removed_and_other_things_left_alone(tmp_path):
-    saved(tmp_path).close()
-    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    for name in ("5.orbax-checkpoint-tmp", "8", "validation.json.orbax-checkpoint-tmp", "folder"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.orbax-checkpoint-tmp-1").write_text("a stray file")
     others = ["6", "007", "-1", "notes", "7.5", ".DS_Store"]
     for name in others:
         (tmp_path / name).write_text("a stray file")
-    (tmp_path / "folder").mkdir()
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*"))
+    assert checkpoints.steps() == [1, 8] and not list(tmp_path.glob("*tmp*"))
+    assert checkpoints.restore_latest(target())[0]["step"] == 1
+    assert "8 is damaged or was never finished; renamed to damaged-8" in caplog.text
     assert all((tmp_path / name).exists() for name in [*others, "folder"])
     checkpoints.save(6, STATE, {})
     checkpoints.close()
     assert Checkpoints(tmp_path).restore_latest(target())[0]["step"] == 7
+    (tmp_path / "validation.json").unlink()
+    (tmp_path / "validation.json").mkdir()
+    Checkpoints(tmp_path).record(6, {"top1": 0.5})
+    assert Checkpoints(tmp_path).find("best") == 6
 
 
 def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
@@ -409,7 +411,7 @@ def kill_while_saving(directory, kills):
         before = newest()
         while process.poll() is None:
             time.sleep(0.002)
-            if newest() > before and list(directory.glob("*-tmp*/**/d/*")):
+            if newest() > before and list(directory.glob("*.orbax-checkpoint-tmp/**/d/*")):
                 process.kill()  # one save is done, and a file of the next one has begun
                 break
         process.wait()
