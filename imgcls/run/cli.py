@@ -23,7 +23,6 @@ from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory
 from imgcls.run import signals
 from imgcls.run.logs import say
 
-LIBRARY_FLAGS = set(flags.FLAGS)  # those of absl
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 
 flags.DEFINE_boolean("debug", False, "Show the traceback of errors that have a one-line message.")
@@ -58,8 +57,9 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     code = 0
     try:
         module = command()
+        others = set(flags.FLAGS) - {"debug", "workdir"}  # of the libraries
         module.define_flags()
-        arguments = _parse(module, argv)
+        arguments = _parse(module, argv, set(flags.FLAGS) - others)
         if arguments and not hasattr(module, "POSITIONAL"):
             raise UserError(f"unexpected argument {arguments[0]!r}: flags are --name=value")
         module.main(arguments)
@@ -94,13 +94,11 @@ def _except_tensorstore(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _parse(module: Any, argv: list[str]) -> list[str]:
+def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
     if HELP & set(argv):
-        own = sorted(set(flags.FLAGS) - LIBRARY_FLAGS)
         more = module.more_help(argv) if hasattr(module, "more_help") else ""
-        lines = [
-            f"  --{name}={flags.FLAGS[name].default}  {flags.FLAGS[name].help}" for name in own
-        ]
+        ours = [flags.FLAGS[name] for name in sorted(own)]
+        lines = [f"  --{flag.name}={flag.default}  {flag.help}" for flag in ours]
         say("\n".join([inspect.cleandoc(module.__doc__ or ""), "", *lines, more]))
         raise SystemExit(0)
     try:
@@ -110,8 +108,7 @@ def _parse(module: Any, argv: list[str]) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        known = [name for name in flags.FLAGS if flags.FLAGS[name].help is not None]
-        near = did_you_mean(error.flagname, known, prefix="--") or "see --help"
+        near = did_you_mean(error.flagname, own, prefix="--") or "see --help"
         raise UserError(f"there is no flag --{error.flagname}: {near}") from error
     except Exception as error:  # a flag, or anything that the user's config file raises
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
