@@ -13,7 +13,6 @@ from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 from imgcls.errors import CheckpointError, Stopped
 from imgcls.experiment import Experiment
 from imgcls.run import machine, processes
-from imgcls.run.events import EventWriter
 from imgcls.run.logs import MetricWriter, read_metrics
 from imgcls.train import train_and_evaluate
 from tests.helpers import small_config
@@ -172,8 +171,8 @@ def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
 def test_events_say_what_was_logged_and_from_which_step_on_it_counts(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    writer = EventWriter(tmp_path, start_step=6)
-    writer.scalar("train/loss", 0.5, 7)
+    writer = MetricWriter(tmp_path, start_step=5, validated_step=0)
+    writer.write({"step": 7, "split": "train", "loss": 0.5})
     writer.image("train/augmented", np.zeros((4, 4, 3), np.uint8), 0)
     writer.close()
     (path,) = tmp_path.glob("events.out.tfevents.*")

@@ -15,11 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from imgcls.parallel import is_main
-from imgcls.run.events import EventWriter
 from imgcls.run.files import append_line, write_bytes
 
 # What each row of metrics.jsonl has beside the figures of the task.
 ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
+FLUSH_SECONDS = 10  # of TensorBoard's events
 
 
 def say(text: str) -> None:
@@ -35,17 +35,11 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
-    """A progress bar on a terminal; one line that says what is being done elsewhere."""
+    """Shows a progress bar on a terminal, and prints one line otherwise."""
     if not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")
-    with tqdm(
-        total=total,
-        desc=doing,
-        unit=f" {unit}",
-        initial=initial,
-        disable=None if is_main() else True,
-        dynamic_ncols=True,
-    ) as bar:
+    options = {"total": total, "desc": doing, "unit": f" {unit}", "initial": initial}
+    with tqdm(**options, disable=None if is_main() else True, dynamic_ncols=True) as bar:
         yield bar
 
 
@@ -73,14 +67,13 @@ class MetricWindow:
     def fetch(self) -> dict[str, float]:
         """The sums, every step of them."""
         pending, self._pending = self._pending, []
-        for step, metrics in zip([s for s, _ in pending], jax.device_get([m for _, m in pending])):
-            if metrics["bad"]:
+        for step, metrics in jax.device_get(pending):
+            if metrics.pop("bad"):
                 self.bad_steps.append(step)
-            add_sums(self.sums, {key: x for key, x in metrics.items() if key != "bad"})
+            add_sums(self.sums, metrics)
         return self.sums
 
     def clear(self) -> None:
-        """Starts the next window."""
         self.sums = {}
 
 
@@ -133,46 +126,55 @@ class Clock:
 
 
 class MetricWriter:
-    """Appends to metrics.jsonl and to TensorBoard event files, from the restored step on.
+    """Appends to metrics.jsonl and to a TensorBoard event file, from the restored step on.
 
     Validation rows are kept up to `validated_step`: the restored step may not have been validated
-    when it was saved. In any process but the first it writes nothing.
+    when it was saved. In any process but the first it writes nothing. Events are written in the
+    caller's thread: tensorboardX's own would block the run for ever when the disk is full.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, validated_step: int):
         self._writes = is_main()
         if not self._writes:
             return
-        self._path = workdir / "metrics.jsonl"
-        self._cut(start_step, validated_step)
-        self._events = EventWriter(workdir, start_step=start_step + 1)
+        # Loading it takes a quarter of a second, which commands that do not train need not spend.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    def _cut(self, step: int, validated_step: int) -> None:
-        """Removes a torn last line, and lines past the restored step: they will come again."""
-        last = {"validation": validated_step}
+        self._path, last = workdir / "metrics.jsonl", {"validation": validated_step}
         rows = read_metrics(self._path)
-        kept = [row for row in rows if row["step"] <= last.get(row["split"], step)]
+        kept = [row for row in rows if row["step"] <= last.get(row["split"], start_step)]
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._summary, self._event = summary, Event
+        self._events, self._flushed = EventsWriter(str(workdir / "events")), time.monotonic()
+        # TensorBoard forgets what earlier files say of this step and later.
+        self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line; NaN and infinity, which JSON lacks, become null."""
+        """Writes one line; NaN and infinity, which JSON lacks, become null."""
         if not self._writes:
             return
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        append_line(self._path, json.dumps(clean))
+        finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+        append_line(self._path, json.dumps({k: v if finite(v) else None for k, v in row.items()}))
         for key, value in row.items():
             if isinstance(value, float):
-                self._events.scalar(f"{row['split']}/{key}", value, row["step"])
+                scalar = self._summary.scalar(f"{row['split']}/{key}", value)
+                self._add(row["step"], summary=scalar)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """image: uint8[H, W, 3]."""
-        self._events.image(tag, image, step)
+        self._add(step, summary=self._summary.image(tag, image, dataformats="HWC"))
 
     def close(self) -> None:
         if self._writes:
             self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
@@ -187,9 +189,7 @@ def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; none where there is no file."""
     rows = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
             rows.append(json.loads(line))
     return rows

@@ -1,6 +1,5 @@
 """What this machine's JAX is told, and what decides speed and bits on it."""
 
-import contextlib
 import functools
 import glob
 import importlib.metadata
@@ -19,9 +18,8 @@ from imgcls.errors import CheckpointError
 from imgcls.run.files import cache_folder
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
-# XLA would send convolutions to YNNPACK fusions, two to four times slower than its Eigen path: this
-# keeps YNNPACK for matrix products only, and each by itself: those of Muon, fused, took twice as
-# long.
+# Use YNNPACK for single matrix products only. XLA would also give it convolutions (2-4x slower than
+# Eigen) and fused products (2x slower in Muon).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 # For what runs once: compiled in half the time.
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": "1"}
@@ -66,13 +64,11 @@ def check_memory(compiled: jax.stages.Compiled) -> None:
 
     There XLA would wait for ever, or Linux end the process without a word; accelerators tell.
     """
-    needs = compiled.memory_analysis()
-    if jax.default_backend() != "cpu" or needs is None:
-        return
-    needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+    if jax.default_backend() == "cpu" and (needs := compiled.memory_analysis()):
+        needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
 
 
 def reproducibility_facts() -> dict[str, Any]:
@@ -83,9 +79,8 @@ def reproducibility_facts() -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
         "prng": jax.config.jax_default_prng_impl,
     }
-    if device.platform == "cpu":
-        facts["cpu_cores"] = cpu_cores()  # XLA has a thread for each
-    return facts
+    # XLA has a thread for each core.
+    return facts | ({"cpu_cores": cpu_cores()} if device.platform == "cpu" else {})
 
 
 def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -114,11 +109,11 @@ def cpu_cores() -> int:
 
 def _cpu_model() -> str | None:
     """Such as "AMD EPYC 9R14"; None on an accelerator, and where Linux does not tell."""
-    if jax.default_backend() == "cpu":
-        with contextlib.suppress(OSError):
-            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-            return found and found[1]
-    return None
+    info = Path("/proc/cpuinfo")
+    if jax.default_backend() != "cpu" or not info.exists():
+        return None
+    found = re.search(r"model name\s*: (.*)", info.read_text())
+    return found and found[1]
 
 
 @functools.cache  # the commit is that of the code which runs, whatever is checked out later
@@ -135,16 +130,14 @@ def describe() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, with "+" where files were changed since; None outside a checkout.
-
-    The results of benchmarks do not count: each would make the next one's commit look changed.
-    """
+    """The commit of this code, with "+" where files were changed since; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        # Results of benchmarks do not count: each would make the next one's commit look changed.
         changed = git("status", "--porcelain", "-uno", ":/", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -73,7 +73,7 @@ def prepared(tmp_path_factory) -> Path:
     with (base / "tfds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "tfds").exists():
-            script = ROOT / "tests" / "make_tfds_datasets.py"
+            script = ROOT / "tests/data/make_tfds_datasets.py"
             subprocess.run(
                 [sys.executable, script, base / "tfds"], check=True, stderr=subprocess.DEVNULL
             )

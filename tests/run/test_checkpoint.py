@@ -154,7 +154,7 @@ def test_the_checkpoints_of_an_older_run_are_used(tmp_path):
         for leaf in meta["leaves"].values():
             leaf["sha256"] = leaf["sha256"]["[]"]
         path.write_text(json.dumps(meta))
-    (tmp_path / "2/metrics/metrics").write_text("")  # a power cut
+    (tmp_path / "2/metrics/metrics").unlink()
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.find("best") == 1
     assert checkpoints.restore_latest(target())[1] == {}
@@ -206,25 +206,21 @@ def test_where_the_best_is_damaged_the_best_of_the_others_is_used(tmp_path, capl
     assert checkpoints.restore("best", target())[0]["step"] == 2
     assert (tmp_path / "damaged-1").is_dir()
     damage(tmp_path / "2", cut, "meta")
-    damage(tmp_path / "3", cut, "meta")
-    with pytest.raises(CheckpointError, match="none of the checkpoints can be read"):
+    with pytest.raises(CheckpointError, match="/2 is damaged"):
         Checkpoints(tmp_path).read_meta("best")
 
 
-@pytest.mark.parametrize("part", ["state", "state/*/d/*", "meta/metadata"])
+@pytest.mark.parametrize("part", ["state", "meta"])
 def test_what_cannot_be_read_now_is_not_damaged(tmp_path, part):
     checkpoints = saved(tmp_path, [0.1, 0.2])
-    before = contents(tmp_path)
-    paths = sorted((tmp_path / "2").glob(part))
-    for path in paths:
-        path.rename(path.with_suffix(".away"))
-        path.symlink_to(path.name)  # opening it fails, for root too, and not because it is missing
+    path = largest_file(tmp_path / "2" / part)
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)  # opening it fails, for root too, and not because it is missing
     with pytest.raises(CheckpointError, match="/2 could not be read "):
         checkpoints.restore_latest(target())
-    for path in paths:
-        path.unlink()
-        path.with_suffix(".away").rename(path)
-    assert contents(tmp_path) == before
+    path.unlink()
+    path.write_bytes(content)
     assert checkpoints.restore_latest(target())[0]["step"] == 2
 
 
@@ -239,26 +235,25 @@ def test_a_step_may_be_damaged_twice(tmp_path):
     assert checkpoints.steps() == [1, 2]
 
 
-def test_what_does_not_belong_here_is_removed_set_aside_or_left_alone(tmp_path, caplog):
+def test_an_empty_step_directory_is_set_aside(tmp_path, caplog):
     saved(tmp_path).close()
-    for name in ("5.orbax-checkpoint-tmp", "8", "validation.json.orbax-checkpoint-tmp", "folder"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "notes.orbax-checkpoint-tmp-1").write_text("a stray file")
-    others = ["6", "007", "-1", "notes", "7.5", ".DS_Store"]
+    (tmp_path / "5").mkdir()
+    state, _ = Checkpoints(tmp_path).restore_latest(target())
+    assert state["step"] == 1 and "5 is damaged or was never finished" in caplog.text
+
+
+def test_unfinished_saves_are_removed_and_other_things_left_alone(tmp_path):
+    saved(tmp_path).close()
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    others = ["6", "007", "-1", "notes", "7.5", ".DS_Store", "7.orbax-checkpoint-tmp"]
     for name in others:
         (tmp_path / name).write_text("a stray file")
+    (tmp_path / "folder").mkdir()
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.steps() == [1, 8] and not list(tmp_path.glob("*tmp*"))
-    assert checkpoints.restore_latest(target())[0]["step"] == 1
-    assert "8 is damaged or was never finished; renamed to damaged-8" in caplog.text
+    assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*/"))
     assert all((tmp_path / name).exists() for name in [*others, "folder"])
-    checkpoints.save(6, STATE, {})
-    checkpoints.close()
-    assert Checkpoints(tmp_path).restore_latest(target())[0]["step"] == 7
-    (tmp_path / "validation.json").unlink()
-    (tmp_path / "validation.json").mkdir()
-    Checkpoints(tmp_path).record(6, {"top1": 0.5})
-    assert Checkpoints(tmp_path).find("best") == 6
+    with pytest.raises(CheckpointError, match="saving failed"):
+        checkpoints.save(6, STATE, {})  # it takes no place of somebody's file
 
 
 def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
@@ -273,19 +268,16 @@ def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
             Checkpoints(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["[best]", "lr*", "what?", "50%2e", "図 #1", "x.orbax-checkpoint-tmp-1"]
-)
-def test_a_directory_may_have_any_name(tmp_path, name):
-    saved(tmp_path / "lr=0.1/checkpoints").close()  # "lr*" would match it, too
+@pytest.mark.parametrize("name", ["50%2e", "図 #1", "x.orbax-checkpoint-tmp-1"])
+def test_a_directory_may_have_nearly_any_name(tmp_path, name):
     checkpoints = saved(tmp_path / name / "checkpoints", [0.1, 0.2])
     assert checkpoints.restore("best", target())[0]["step"] == 2
     damage(tmp_path / name / "checkpoints/2", cut)
     assert checkpoints.restore_latest(target())[0]["step"] == 1
 
 
-@pytest.mark.parametrize("name", ["back\\slash", "logs:", "no\udcfftext"])
-def test_but_for_names_that_tensorstore_would_misread(tmp_path, name):
+@pytest.mark.parametrize("name", ["[best]", "lr*", "what?", "back\\slash", "logs:", "no\udcfftext"])
+def test_but_for_names_that_orbax_would_misread(tmp_path, name):
     with pytest.raises(UserError, match="another --workdir"):
         Checkpoints(tmp_path / name / "checkpoints")
     assert not list(tmp_path.iterdir())
@@ -411,7 +403,7 @@ def kill_while_saving(directory, kills):
         before = newest()
         while process.poll() is None:
             time.sleep(0.002)
-            if newest() > before and list(directory.glob("*.orbax-checkpoint-tmp/**/d/*")):
+            if newest() > before and list(directory.glob("*-tmp*/**/d/*")):
                 process.kill()  # one save is done, and a file of the next one has begun
                 break
         process.wait()
