@@ -1,7 +1,7 @@
 """Operations with a fast value and gradient, and with every other derivative of a plain definition.
 
-A `custom_vjp` has no forward mode, and a `custom_jvp` no gradient of its own. Here the rule for
-tangents is one primitive: JAX evaluates it in forward mode, and transposes it for a gradient.
+A `custom_vjp` has no forward mode, and a `custom_jvp` no gradient of its own. Here one primitive
+stands for the tangents: forward mode evaluates it by `plain`, a gradient transposes it.
 """
 
 from collections.abc import Callable

@@ -24,10 +24,6 @@ def max_pool(x: jax.Array) -> jax.Array:
     return _max_pool(x)[0]
 
 
-def _plain_max_pool(x):
-    return (nn.max_pool(x.astype(jnp.float32), (2, 2), (2, 2)).astype(x.dtype),)
-
-
 def _max_pool_forward(x):
     _, h, w, _ = x.shape
     top_left, top_right, low_left, low_right = (
@@ -49,7 +45,9 @@ def _max_pool_backward(arrays, residuals, grad):
     return (jnp.pad(grad, ((0, 0), (0, height - 2 * h), (0, width - 2 * w), (0, 0))),)
 
 
-_max_pool = differentiable(_plain_max_pool, _max_pool_forward, _max_pool_backward)
+_max_pool = differentiable(
+    lambda x: (nn.max_pool(x, (2, 2), (2, 2)),), _max_pool_forward, _max_pool_backward
+)
 
 
 @jax.checkpoint  # its gradient is computed again from x, so that x alone is kept
@@ -107,13 +105,14 @@ def batch_norm(epsilon: float) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 class BatchNorm(nn.BatchNorm):
-    """`nn.BatchNorm`, faster in training over all axes but the last; else it is Linen's own."""
+    """`nn.BatchNorm`, faster in training over all axes but the last; otherwise Linen's own."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None):
+        given = self.use_running_average, use_running_average
         names = "axis", "axis_name", "param_dtype", "use_fast_variance", "force_float32_reductions"
         usual = all(getattr(self, name) == getattr(nn.BatchNorm, name) for name in names)
-        if use_running_average or self.use_running_average or mask is not None or not usual:
+        if nn.merge_param("use_running_average", *given) or mask is not None or not usual:
             return super().__call__(x, use_running_average, mask=mask)
         size = x.shape[-1:]
         scale = self.param("scale", self.scale_init, size) if self.use_scale else jnp.ones(size)

@@ -5,6 +5,7 @@ import importlib.metadata
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imgcls import cpu
-from imgcls.cpu import conv, ffi, onednn
+from imgcls.cpu import conv, ffi, layers, onednn
+from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 
 try:
     importlib.metadata.version(onednn.DISTRIBUTION)
@@ -42,13 +44,13 @@ CASES = {  # x, w, strides, padding
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request):
-    reason = cpu.unavailable(request.param)
+    reason = why_unavailable(request.param)
     if reason and "NotImplementedError" in reason:
         pytest.skip(reason)
     return jnp.dtype(request.param)
 
 
-def convolve(x, w, strides=(1, 1), padding="SAME", function=cpu.conv_general_dilated):
+def convolve(x, w, strides=(1, 1), padding="SAME", function=conv_general_dilated):
     return function(x, w, strides, padding, dimension_numbers=LAYOUT)
 
 
@@ -65,10 +67,13 @@ def pull(function, x, w, strides=(1, 1), padding="SAME"):
     return value, *vjp(jnp.asarray(normal(2, *value.shape, dtype=value.dtype)))
 
 
-def assert_close(ours, theirs, dtype="float32"):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+def assert_close(ours, theirs, error=TOLERANCES["float32"]):
+    """Equal trees of arrays, up to `error` times the largest value of each array."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs)):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCES[dtype] * np.abs(b).max(initial=0))
+        atol = error * np.abs(b).max(initial=1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
 
 
 def assert_same_bits(ours, theirs):
@@ -85,40 +90,25 @@ def test_value_and_gradients_are_those_of_lax(case, dtype):
     )
     ours, exact = ours(x, w), exact(x.astype(np.float32), w.astype(np.float32))
     assert [array.dtype for array in ours] == [dtype] * 3
-    assert_close(ours, exact, dtype.name)
+    assert_close(ours, exact, TOLERANCES[dtype.name])
 
 
 def test_weight_gradients_are_summed_and_given_in_float32(dtype):
-    shape = (4, 31, 31, 1)
-    pointwise = onednn.Convolution(
-        x=shape,
-        w=(1, 1, 1, 1),
-        y=shape,
-        strides=(1, 1),
-        padding=((0, 0), (0, 0)),
-        dtype=dtype.name,
-    )
+    shape, window = (4, 31, 31, 1), ((1, 1), ((0, 0), (0, 0)))
+    pointwise = onednn.Convolution(shape, (1, 1, 1, 1), shape, *window, dtype.name)
     name = conv.target("weight_grad", pointwise)
     result = jax.ShapeDtypeStruct(*pointwise.result("weight_grad"))
     total = jax.ffi.ffi_call(name, result)(jnp.ones(shape, dtype), jnp.ones(shape, dtype))
     assert total.item() == 4 * 31 * 31  # bfloat16 has 3840 and 3856, and a sum in it stops at 256
 
 
-@pytest.mark.parametrize(
-    ("settings", "shape"),
-    [
-        ({}, (9, 9, 3)),
-        ({"strides": 2}, (2, 9, 9, 3)),
-        ({"padding": 1}, (2, 1, 9, 9, 3)),
-        ({"padding": "CIRCULAR"}, (2, 9, 9, 3)),
-    ],
-    ids=str,
-)
-def test_takes_what_linen_passes(settings, shape):
+@pytest.mark.parametrize("shape", [(9, 9, 3), (2, 1, 9, 9, 3)], ids=str)
+@pytest.mark.parametrize("padding", ["SAME", 1, "CIRCULAR"])
+def test_takes_what_linen_passes(padding, shape):
     x = normal(0, *shape)
-    layer = functools.partial(nn.Conv, 8, (3, 3), **settings)
+    layer = functools.partial(nn.Conv, 8, (3, 3), 2, padding)
     expected, variables = layer().init_with_output(jax.random.key(0), x)
-    ours = layer(conv_general_dilated=cpu.conv_general_dilated).apply(variables, x)
+    ours = layer(conv_general_dilated=conv_general_dilated).apply(variables, x)
     assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
     assert_close(ours, expected)
 
@@ -126,7 +116,7 @@ def test_takes_what_linen_passes(settings, shape):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dimension_numbers": None},
+        {"dimension_numbers": None, "lhs": (2, 4, 8, 8), "rhs": (4, 4, 3, 3)},
         {"dimension_numbers": ("NHWC", "OIHW", "NHWC"), "rhs": (4, 4, 3, 3)},
         {"dimension_numbers": ("NHC", "HIO", "NHC"), "lhs": (2, 8, 4), "rhs": (3, 4, 4)},
         {"lhs_dilation": (2, 2)},
@@ -139,15 +129,16 @@ def test_takes_what_linen_passes(settings, shape):
     ],
     ids=str,
 )
-def test_refuses_what_no_model_uses(change):
-    arguments = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT, **change}
-    dtype = arguments.pop("dtype", jnp.float32)
-    lhs = jnp.ones(arguments.pop("lhs", (2, 8, 8, 4)), dtype)
-    rhs = jnp.ones(arguments.pop("rhs", (3, 3, 4, 4)), dtype)
-    if len(lhs.shape) == 3:
-        arguments["window_strides"] = (1,)
-    with pytest.raises(NotImplementedError, match="oneDNN convolution: "):
-        cpu.conv_general_dilated(lhs, rhs, **arguments)
+def test_lax_computes_what_onednn_does_not_take(change):
+    given = {"lhs": (2, 8, 8, 4), "rhs": (3, 3, 4, 4), "dtype": jnp.float32} | change
+    lhs, rhs = (jnp.ones(given.pop(name), given["dtype"]) for name in ("lhs", "rhs"))
+    window = {"window_strides": (1,) * (lhs.ndim - 2), "padding": [(1, 1)] * (lhs.ndim - 2)}
+    del given["dtype"]
+    ours, theirs = (
+        jax.jit(functools.partial(function, **window | {"dimension_numbers": LAYOUT} | given))
+        for function in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert ours.lower(lhs, rhs).as_text() == theirs.lower(lhs, rhs).as_text()
 
 
 def test_refuses_what_lax_refuses():
@@ -157,29 +148,86 @@ def test_refuses_what_lax_refuses():
         convolve(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4), jnp.bfloat16))
 
 
-def test_vmap():
-    x, w = normal(0, 3, 2, 8, 8, 4), normal(1, 3, 3, 3, 4, 8)
-    for axes in ((0, 0), (0, None), (None, 0)):
-        operands = [a if axis == 0 else a[0] for a, axis in zip((x, w), axes)]
-        ours, theirs = (
-            jax.vmap(functools.partial(pull, function), in_axes=axes)(*operands)
-            for function in (convolve, lax_convolve)
-        )
-        assert_close(ours, theirs)
+def modes(function, args, moves, names=None):
+    """What `function` gives under each transformation, of `args` and in the directions `moves`."""
+    dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    weights = lambda a: jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape)
+    loss = lambda args: dot(*(jax.tree.map(f, function(args)) for f in (jnp.sin, weights)))
+    grad, pairs = jax.grad(loss), jax.tree.map(lambda *leaves: jnp.stack(leaves), args, moves)
+    move = lambda f: lambda args: jax.jvp(f, (args,), (moves,))
+    walk = lambda f: lambda pairs: lax.scan(lambda total, x: (total + loss(x), f(x)), 0.0, pairs)
+    found = {
+        "jvp": lambda: move(function)(args),
+        "jvp of grad": lambda: move(grad)(args),
+        "grad of grad": lambda: jax.grad(lambda args: dot(grad(args), moves))(args),
+        "grad of jvp": lambda: jax.grad(lambda args: move(loss)(args)[1])(args),
+        "jvp of jvp": lambda: move(move(loss))(args),
+        "vmap of grad": lambda: jax.vmap(grad)(pairs),
+        "grad of vmap": lambda: jax.grad(lambda pairs: jax.vmap(loss)(pairs).sum())(pairs),
+        "scan of grad": lambda: walk(grad)(pairs),
+        "grad of scan": lambda: jax.grad(lambda pairs: walk(loss)(pairs)[0])(pairs),
+        "checkpoint": lambda: jax.grad(jax.checkpoint(loss))(args),
+    }
+    return {name: found[name]() for name in names or found}
 
 
-def test_scan_and_its_gradient():
-    x, ws = normal(0, 2, 8, 8, 4), 0.2 * normal(1, 3, 3, 3, 4, 4)
+POOL = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+NORMS = layers.BatchNorm, nn.BatchNorm
+LAYERS = {  # ours and Linen's
+    "conv": [nn.Conv(8, (3, 3), conv_general_dilated=f) for f in (conv_general_dilated, None)],
+    "norm": [norm(use_running_average=False, momentum=0.5) for norm in NORMS],
+    "pool": [nn.Sequential([f]) for f in (layers.max_pool, POOL)],
+    "act": [nn.Sequential([f]) for f in (layers.gelu, nn.gelu)],
+}
 
-    def loss(function, x, ws):
-        x, _ = lax.scan(lambda x, w: (jnp.tanh(function(x, w)), None), x, ws)
-        return (x**2).sum()
 
-    ours, theirs = (
-        jax.jit(jax.grad(functools.partial(loss, function), argnums=(0, 1)))(x, ws)
-        for function in (convolve, lax_convolve)
-    )
-    assert_close(ours, theirs)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_mode_gives_what_linen_gives(name):
+    images = [normal(seed, 3, 5, 6, 4) for seed in (0, 1)]
+    rest = LAYERS[name][1].init(jax.random.key(0), images[0])
+    shapes = rest.pop("params", {})
+    args = [(jax.tree.map(lambda p: normal(2, *p.shape), shapes), x) for x in images]
+
+    def results(layer):
+        given = lambda params: {"params": params, **rest}
+        function = lambda args: layer.apply(given(args[0]), args[1], mutable=["batch_stats"])
+        return jax.jit(functools.partial(modes, function))(*args)
+
+    assert_close(*map(results, LAYERS[name]), error=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, settings",
+    [
+        ((8, 5, 6, 16), {}),
+        ((3, 17, 2, 8), {"use_scale": False, "epsilon": 0.1}),
+        ((40, 8), {"use_bias": False}),
+        ((8, 5, 6, 16), {"use_running_average": True}),
+        ((8, 5, 6, 16), {"axis": 1}),
+    ],
+    ids=str,
+)
+def test_batch_norm_is_linens_and_so_is_its_gradient(shape, settings, dtype):
+    x = (3 * normal(0, *shape) + 2).astype(dtype)
+
+    def results(module):
+        layer = module(**{"use_running_average": False, "dtype": dtype} | settings)
+        variables = layer.init(jax.random.key(0), x)
+        run = lambda x: layer.apply(variables, x, mutable=["batch_stats"])
+        y, pull, updated = jax.vjp(run, x, has_aux=True)
+        return y, updated, pull(normal(1, *shape).astype(dtype))
+
+    ours, theirs = map(results, NORMS)
+    assert [a.dtype for a in jax.tree.leaves(ours)] == [a.dtype for a in jax.tree.leaves(theirs)]
+    assert_close(ours, theirs, TOLERANCES[dtype.name])
+
+
+def test_of_equal_maxima_the_first_gets_the_gradient(dtype):
+    x = jax.random.randint(jax.random.key(0), (2, 7, 6, 3), 0, 3).astype(dtype)  # many are equal
+    weights = jnp.arange(2 * 3 * 3 * 3, dtype=dtype).reshape(2, 3, 3, 3)
+    ours, theirs = (jax.vjp(pool, x) for pool in (layers.max_pool, POOL))
+    assert ours[0].dtype == dtype
+    assert_same_bits((ours[0], ours[1](weights)), (theirs[0], theirs[1](weights)))
 
 
 def test_several_devices_at_once_are_one_device():
@@ -213,36 +261,25 @@ def test_several_threads_at_once(shape):
     w = normal(1, 3, 3, shape[-1], 64)
     xs = [normal(seed, *shape) for seed in range(6)]
     step = jax.jit(functools.partial(pull, convolve))
-    expected, found = [step(x, w) for x in xs], {}
-
-    def work(index):
-        found[index] = [jax.block_until_ready(step(xs[index], w)) for _ in range(20)]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(xs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, results in found.items():
-        for result in results:
-            assert_same_bits(result, expected[index])
-    assert len(found) == len(xs)
+    expected = [step(x, w) for x in xs]
+    work = lambda x: [jax.block_until_ready(step(x, w)) for _ in range(20)]
+    with ThreadPoolExecutor(len(xs)) as threads:
+        for results, same in zip(threads.map(work, xs), expected, strict=True):
+            for result in results:
+                assert_same_bits(result, same)
 
 
 def test_several_threads_trace_the_same_new_convolutions():
-    sizes, barrier, found = range(20, 30), threading.Barrier(6, timeout=30), []
+    sizes, barrier = range(20, 30), threading.Barrier(6, timeout=30)
 
-    def work():
+    def work(_):
         for size in sizes:
             barrier.wait()
-            found.append(convolve(jnp.ones((1, size, 5, 1)), jnp.ones((1, 1, 1, 1))).sum().item())
+            yield convolve(jnp.ones((1, size, 5, 1)), jnp.ones((1, 1, 1, 1))).sum().item()
 
-    threads = [threading.Thread(target=work) for _ in range(barrier.parties)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == sorted([5.0 * size for size in sizes] * barrier.parties)
+    with ThreadPoolExecutor(barrier.parties) as threads:
+        found = list(threads.map(lambda i: list(work(i)), range(barrier.parties)))
+    assert found == [[5.0 * size for size in sizes]] * barrier.parties
 
 
 @pytest.mark.parametrize("outputs", [32, 64])  # of 64 in float32, Winograd where there is any
@@ -328,8 +365,8 @@ def test_a_process_ends_while_programs_are_pending():
 
 def test_unavailable_says_why_and_never_raises(monkeypatch):
     def reason(dtype="float32"):
-        cpu.unavailable.cache_clear()
-        return cpu.unavailable(dtype)
+        why_unavailable.cache_clear()
+        return why_unavailable(dtype)
 
     try:
         assert reason() is None
@@ -346,4 +383,13 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
             patch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
             assert "no-such-wheel" in reason()
     finally:
-        cpu.unavailable.cache_clear()
+        why_unavailable.cache_clear()
+
+
+def test_without_onednn_the_other_operations_stay(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    caplog.set_level("INFO")
+    assert set(cpu.ops("float32")) == {"conv", "norm", "pool", "act"} and not caplog.records
+    monkeypatch.setattr(cpu, "why_unavailable", lambda dtype: "no library")
+    assert set(cpu.ops("float32")) == {"norm", "pool", "act"}
+    assert caplog.messages == ["convolutions run on plain XLA: no library"]

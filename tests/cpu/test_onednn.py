@@ -12,14 +12,8 @@ from imgcls.cpu import conv, onednn
 from tests.cpu.test_kernels import assert_close, convolve, lax_convolve, normal, pull
 
 HAS_WINOGRAD = bool(onednn._runtime().library.dnnl_get_effective_cpu_isa() & onednn.AVX512_CORE)
-BASE = onednn.Convolution(
-    x=(2, 4, 4, 4),
-    w=(3, 3, 4, 4),
-    y=(2, 4, 4, 4),
-    strides=(1, 1),
-    padding=((1, 1), (1, 1)),
-    dtype="float32",
-)
+WINDOW = (1, 1), ((1, 1), (1, 1))  # strides, padding
+BASE = onednn.Convolution((2, 4, 4, 4), (3, 3, 4, 4), (2, 4, 4, 4), *WINDOW, "float32")
 WORTH_WINOGRAD = replace(BASE, x=(128, 4, 4, 64), w=(3, 3, 64, 64), y=(128, 4, 4, 64))
 
 
@@ -190,7 +184,7 @@ def test_identity_names_what_decides_the_bits():
 def test_the_start_up_check_takes_every_way_that_this_cpu_has():
     def same_size(images, pixels, c, o):
         x, y = (images, pixels, pixels, c), (images, pixels, pixels, o)
-        return onednn.Convolution(x, (3, 3, c, o), y, (1, 1), ((1, 1), (1, 1)), "float32")
+        return replace(BASE, x=x, w=(3, 3, c, o), y=y)
 
     convolutions = [same_size(*case) for stride, *case in conv.CHECKED if stride == 1]
     ways = {onednn.algorithm(kind, c) for kind in onednn.KINDS for c in convolutions}

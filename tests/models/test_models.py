@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from imgcls.models import MODELS
-from imgcls.models.cnn import LAYOUT, partial_identity, whitening_filters
+from imgcls import cpu
+from imgcls.models import MODELS, resnet
+from imgcls.models.cnn import LAYOUT, max_pool, partial_identity, whitening_filters
 from imgcls.state import count_parameters
+from tests.test_kernels import assert_close, modes
 
 
 def shapes_of(name, size, channels=3, classes=10, **fields):
@@ -59,15 +60,18 @@ def test_parameter_counts_are_the_published_ones(name, size, classes, fields, mi
     assert count_parameters(variables["params"]) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
+TINY = {
+    "cnn": {"widths": (8, 16), "convs_per_block": 1},
+    "mlp": {"dense_widths": (8,)},
+    "resnet": {},
+    "wide_resnet": {"depth": 10, "width_factor": 1},
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_computes_what_float32_does(name):
-    fields = {
-        "wide_resnet": {"depth": 10, "width_factor": 1},
-        "resnet": {"depth": 18},
-        "cnn": {"widths": (8, 16)},
-    }
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    single = MODELS[name](num_classes=10, **fields.get(name, {}))
+    single = MODELS[name](num_classes=10, **TINY[name])
     half = single.clone(dtype=jnp.bfloat16)
     variables = jax.jit(partial(single.init, train=False))(jax.random.key(1), images)
     a, b = (jax.jit(partial(m.apply, train=False))(variables, images) for m in (single, half))
@@ -75,70 +79,26 @@ def test_bfloat16_computes_what_float32_does(name):
     assert (a != b).any()  # it really computes in another precision
 
 
-def value_and_gradient(function, x, weights):
-    value, pull = jax.vjp(function, x)
-    return value, *pull(weights)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_derivative_exists_and_the_operations_for_cpus_keep_it(name, monkeypatch):
+    monkeypatch.setitem(resnet.STAGES, 18, ((1,), False))  # or compilation takes a minute
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    ops = {k: op for k, op in cpu.ops("float32").items() if hasattr(MODELS[name], k)}
+    plain, tuned = (MODELS[name](5, **TINY[name], **given) for given in ({}, ops))
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables = jax.jit(partial(plain.init, train=True))(jax.random.key(1), images)
+    # Drawn anew, because ResNet's scales of zero would leave nothing to differentiate.
+    draw = lambda p, seed: jax.random.normal(jax.random.key(seed), p.shape) / p[..., 0].size ** 0.5
+    args = [jax.tree.map(partial(draw, seed=seed), variables["params"]) for seed in (2, 3)]
 
+    def loss(model, params):
+        given = variables | {"params": params}
+        logits, _ = model.apply(given, images, train=True, mutable=["batch_stats"])
+        return jax.nn.log_softmax(logits)[:, 0].mean()
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_max_pool_is_linens_and_so_is_its_gradient(dtype):
-    x = jax.random.randint(jax.random.key(0), (2, 7, 6, 3), 0, 3).astype(dtype)  # many are equal
-    linen = lambda x: nn.max_pool(x, (2, 2), (2, 2))
-    weights = jnp.arange(2 * 3 * 3 * 3, dtype=dtype).reshape(2, 3, 3, 3)
-    both = (value_and_gradient(pool, x, weights) for pool in (max_pool, linen))
-    for ours, theirs in zip(*both):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(max_pool(x), linen(x))  # not differentiated
-
-
-@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2**-7)])
-@pytest.mark.parametrize("shape", [(8, 5, 6, 16), (3, 17, 2, 8), (40, 8)], ids=str)
-@pytest.mark.parametrize("use_scale", [True, False])
-def test_batch_norm_is_linens_and_so_are_its_gradients(dtype, error, shape, use_scale):
-    x = (3 * jax.random.normal(jax.random.key(0), shape) + 2).astype(dtype)
-    weights = jax.random.normal(jax.random.key(1), x.shape)
-
-    def results(module):
-        norm = partial(module, momentum=0.9, use_scale=use_scale, dtype=jnp.dtype(dtype))
-        variables = norm(use_running_average=False).init(jax.random.key(2), x)
-        params = jax.tree.map(lambda p: p + 0.3, variables.pop("params"))
-
-        def loss(params, x):
-            y, updated = norm(use_running_average=False).apply(
-                {"params": params, **variables}, x, mutable=["batch_stats"]
-            )
-            return (y * weights).sum(), (y, updated)
-
-        grads, (y, updated) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-        after = norm(use_running_average=True).apply({"params": params, **updated}, x)
-        return {"y": y, "grads": grads, "updated": updated, "after": after}
-
-    ours, theirs = results(BatchNorm), results(nn.BatchNorm)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
-        assert a.dtype == b.dtype, path
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        np.testing.assert_allclose(a, b, rtol=error, atol=error, err_msg=str(path))
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-
-
-@pytest.mark.parametrize("operation", ["max_pool", "batch_norm"])
-def test_pooling_and_batch_norm_under_vmap_and_scan(operation):
-    function = {
-        "max_pool": max_pool,
-        "batch_norm": lambda x: batch_norm(x, jnp.full(3, 2.0), jnp.ones(3), 1e-5)[0],
-    }[operation]
-    xs = jax.random.normal(jax.random.key(0), (5, 2, 6, 4, 3))
-
-    def value_and_input_gradient(x):
-        value, pull = jax.vjp(function, x)
-        return value, *pull(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
-
-    each = [jnp.stack(outputs) for outputs in zip(*map(value_and_input_gradient, xs))]
-    mapped = jax.jit(jax.vmap(value_and_input_gradient))(xs)
-    scanned = jax.lax.scan(lambda carry, x: (carry, value_and_input_gradient(x)), None, xs)[1]
-    for ours in (mapped, scanned):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), list(ours), each)
+    some = partial(modes, names=("jvp", "jvp of grad", "vmap of grad"))  # all would take minutes
+    results = (jax.jit(partial(some, partial(loss, model)))(*args) for model in (tuned, plain))
+    assert_close(*results, error=1e-3)
 
 
 @pytest.mark.parametrize("preactivation", [False, True])
