@@ -25,7 +25,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 import imgcls
 from imgcls.data.images import DECODER, decode_image
 from imgcls.data.sources import SOURCES
-from imgcls.errors import UserError
+from imgcls.errors import UserError, first_line
 from imgcls.run import signals
 
 _NAME = re.compile(r"(\w+)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")
@@ -66,7 +66,7 @@ class TfdsSource:
             records = self._records.__getitems__(indices)
             examples = [tf_example_pb2.Example.FromString(record) for record in records]
         except Exception as error:  # array_record and protobuf each have their own
-            raise UserError(f"{self._name} is damaged ({one_line(error)}); {_REMEDY}") from error
+            raise UserError(f"{self._name} is damaged ({first_line(error)}); {_REMEDY}") from error
         return [self._decode(*pair) for pair in zip(indices, examples)]
 
     def _decode(self, index: int, example: tf_example_pb2.Example) -> dict[str, Any]:
@@ -80,8 +80,7 @@ class TfdsSource:
 def open_tfds(name: str, *, data_dir: str | None, channels: int) -> dict[str, TfdsSource]:
     """Opens the splits of NAME[/CONFIG][:VERSION], of the newest version that `data_dir` holds.
 
-    The first use prepares the dataset in a child process, for as long as its download takes. Any
-    exception ends that, one from a signal handler too.
+    The first use prepares the dataset in a child process, for as long as its download takes.
 
     Raises:
       UserError: An unknown name, a dataset without image and label, a damaged directory, one that
@@ -124,7 +123,7 @@ def load(directory: Path) -> tfds.core.DatasetBuilder:
         if not builder.info.splits:
             raise ValueError("it has no splits")
     except Exception as error:  # TFDS, json and protobuf each have their own for a damaged file
-        why = one_line(error)
+        why = first_line(error)
         raise UserError(f"{directory} is no complete TFDS dataset ({why}); {_REMEDY}") from error
     return builder
 
@@ -142,10 +141,6 @@ def check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
     if not (is_picture and isinstance(label, tfds.features.ClassLabel)):
         has = ", ".join(sorted(found)) or type(features).__name__
         raise UserError(f"{name} is no image classification dataset (image, label): it has {has}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _check_known(name: str) -> None:
@@ -171,7 +166,7 @@ def _prepare_in_child(name: str, root: Path) -> Path:
     """Runs `imgcls.data.prepare`, which shares our stderr and ends when we do."""
     with subprocess.Popen(
         [sys.executable, "-m", "imgcls.data.prepare", name, root],
-        stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+        stdin=subprocess.PIPE,  # its end tells the child to end
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and we end the child
@@ -185,8 +180,12 @@ def _prepare_in_child(name: str, root: Path) -> Path:
                     child.wait(0.1)
             answer = child.stdout.read().strip()
         finally:
-            child.terminate()
+            child.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+            child.kill()
     if child.returncode:
+        signals.poll()  # the one that we both got
         failed = f"preparing {name} in {root} failed with exit code {child.returncode}"
         raise UserError(answer or failed)
     return Path(answer)
