@@ -47,9 +47,9 @@ def digest(image: np.ndarray, label: np.ndarray) -> bytes:
 def load(
     source: Source, name: str, *, shape: tuple[int, int, int], resize: str, skip_bad: int
 ) -> Decoded:
-    """Maps the decoded examples of a base split; decodes those that are not in the cache first.
+    """Maps the decoded examples of a base split into memory, and decodes them first if need be.
 
-    Where the cache cannot be read or written, they are decoded into memory, with a warning.
+    Where the cache cannot be read or written, they stay in memory, with a warning.
 
     Raises:
         UserError: more than `skip_bad` unreadable examples, or no cache and too little memory.
@@ -77,13 +77,12 @@ def _read(path: Path, shape: tuple[int, ...]) -> Decoded | None:
     """The entry, its images mapped; None where there is none, or a damaged one."""
     try:
         images = npy.open_memmap(path, "r")
-        if (images.shape, images.dtype) != (shape, np.uint8):
-            raise ValueError("images of another shape or type")
         with path.open("rb") as file:
             file.seek(images.offset + images.nbytes)
             labels, kept, digests = (npy.read_array(file, allow_pickle=False) for _ in range(3))
-        if not labels.shape[:1] == kept.shape == digests.shape[:1]:
-            raise ValueError("arrays of different lengths")
+        lengths = {len(labels), len(kept), len(digests)}
+        if (images.shape, images.dtype, len(lengths)) != (shape, np.uint8, 1):
+            raise ValueError("arrays of other shapes")
     except FileNotFoundError:
         return None
     except (ValueError, OverflowError) as error:
@@ -100,7 +99,9 @@ def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
     if math.prod(shape) > shutil.disk_usage(file.name).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     images = npy.open_memmap(file.name, "w+", np.uint8, shape)
-    os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    size = file.seek(0, os.SEEK_END)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        os.posix_fallocate(file.fileno(), 0, size)
     return np.asarray(images)
 
 
@@ -121,36 +122,35 @@ def _decode(
     """Decodes all examples into `images`; unreadable ones leave no gap."""
     labels: list[Any] = [None] * len(source)
     digests = np.zeros((len(source), 32), np.uint8)
+    bad: dict[int, str] = {}  # why, by index
 
-    def decode(start: int) -> list[tuple[int, str]]:
-        bad = []
-        for i, example in _examples(source, range(start, min(start + CHUNK, len(source)))):
+    def decode(indices: range) -> int:
+        for i, example in _examples(source, indices):
             signals.poll()
             if isinstance(example, BadExampleError):
-                bad.append((i, str(example)))
+                bad[i] = str(example)
                 continue
             label = example["label"]
             labels[i] = np.array(label, np.float32 if np.ndim(label) else np.int32)
             images[i] = fit_image(example["image"], image_size=images.shape[1:3], resize=resize)
             digests[i] = np.frombuffer(digest(images[i], labels[i]), np.uint8)
-        return bad
+        return len(indices)
 
-    bad = []
-    starts = range(0, len(source), CHUNK)
+    indices = range(len(source))
+    chunks = [indices[start : start + CHUNK] for start in indices[::CHUNK]]
     executor = ThreadPoolExecutor(machine.cpu_cores())  # Pillow releases the GIL
     try:
-        results = executor.map(decode, starts)
         with progress(len(source), f"decoding {name}", "images") as bar:
-            for start, found in zip(starts, results):
-                bad += found
-                bar.update(min(CHUNK, len(source) - start))
+            for done in executor.map(decode, chunks):
+                bar.update(done)
     finally:
         executor.shutdown(cancel_futures=True)
+    reasons = [bad[i] for i in sorted(bad)]
     if len(bad) > skip_bad:
-        raise _too_many_bad(len(bad), skip_bad, [reason for _, reason in bad])
-    for _, reason in bad:
+        raise _too_many_bad(len(bad), skip_bad, reasons)
+    for reason in reasons:
         logging.warning("skipped: %s", reason)
-    kept = np.setdiff1d(np.arange(len(source)), [i for i, _ in bad])
+    kept = np.setdiff1d(indices, [*bad])
     for row, i in enumerate(kept if bad else ()):
         images[row] = images[i]
     return Decoded(images, np.array([labels[i] for i in kept]), kept, digests[kept])

@@ -11,13 +11,9 @@ from imgcls.data.images import DECODER, decode_image
 from imgcls.errors import UserError, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
-SPLIT_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "test": "test",
-}
+SPLIT_FOLDERS = {"train": "train", "test": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(("validation", "val", "valid"), "validation")
+_Entry = os.DirEntry[str]
 # What desktops leave in folders; names that start with a dot are ignored too.
 IGNORED = ("thumbs.db", "desktop.ini")
 
@@ -43,21 +39,20 @@ class FolderSource:
         """Takes the files of each class, and all classes: a label is an index into these."""
         index = {name: label for label, name in enumerate(classes)}
         examples = [(file, index[name]) for name, files in split.items() for file in files]
-        examples.sort(key=lambda example: example[0].key)
+        self._examples = sorted(examples, key=lambda example: example[0].key)
         self._root, self._channels = root, channels
-        self._paths = [file.path for file, _ in examples]
-        self._labels = [label for _, label in examples]
-        self.class_names = tuple(printable(name) for name in classes)
-        self.ids = tuple(printable(path) for path in self._paths)
-        content = repr((DECODER, channels, classes, examples)).encode()
+        self.class_names = tuple(map(printable, classes))
+        self.ids = tuple(printable(file.path) for file, _ in self._examples)
+        content = repr((DECODER, channels, classes, self._examples)).encode()
         self.fingerprint = f"image_folder {hashlib.sha256(content).hexdigest()}"
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = decode_image(os.path.join(self._root, self._paths[index]), channels=self._channels)
-        return {"image": image, "label": self._labels[index]}
+        file, label = self._examples[index]
+        path = os.path.join(self._root, file.path)
+        return {"image": decode_image(path, channels=self._channels), "label": label}
 
 
 def open_folder(
@@ -65,15 +60,14 @@ def open_folder(
 ) -> dict[str, FolderSource]:
     """Opens the splits of a folder of images. Labels number the sorted names of class folders.
 
-    A class holds every regular file below its folder, whatever the name, except hidden files and
-    `IGNORED`. The layout with splits is told by a folder `train` that has only other splits beside
-    it ("val" and "valid" are validation); without validation, that is a tenth of each class of
-    train. In the other layout, validation and test are a tenth of each class. The SHA-256 of a
-    file's path below PATH decides where it goes; a class of one or two files stays in train.
+    A class holds every regular file below its folder, except hidden ones and `IGNORED`. A folder
+    `train` with only other splits next to it tells the layout with splits. Validation, and without
+    that layout test too, is a tenth of each class of train where there is no folder of it. The
+    SHA-256 of a file's path below PATH decides; a class of one or two files stays in train.
 
     Raises:
-      UserError: No such folder, no images, one class, an empty class or split, a class that train
-        lacks, a link that makes a loop, any link at all when `follow_links` is False.
+        UserError: No such folder, no images, one class, an empty class or split, a class that train
+            lacks, a link that makes a loop, any link at all when `follow_links` is False.
     """
     if data_dir is None:
         raise UserError(f"image_folder needs --config.data.dir=PATH, laid out as {LAYOUTS}")
@@ -81,20 +75,16 @@ def open_folder(
     shown = printable(root)
     if not os.path.isdir(root):
         raise UserError(f"{shown} is not a directory; name one with --config.data.dir")
-
-    folders = [entry.name for entry in scan(root, follow_links)[0]]
+    folders = sorted(entry.name for entry in scan(root, follow_links)[0])
+    list_classes = lambda folder: _list_classes(os.path.join(root, folder), root, follow_links)
     if "train" in folders and set(folders) <= set(SPLIT_FOLDERS):
-        if len({SPLIT_FOLDERS[folder] for folder in folders}) < len(folders):
+        splits = {SPLIT_FOLDERS[folder]: list_classes(folder) for folder in folders}
+        if len(splits) < len(folders):
             raise UserError(f"{shown} has two validation folders; keep one")
-        splits = {
-            SPLIT_FOLDERS[folder]: _list_classes(os.path.join(root, folder), root, follow_links)
-            for folder in sorted(folders)
-        }
         if "validation" not in splits:
             splits |= _carve(splits["train"], ("validation",))
     else:
-        splits = _carve(_list_classes(root, root, follow_links), ("validation", "test"))
-
+        splits = _carve(list_classes(""), ("validation", "test"))
     _check(shown, splits)
     classes = sorted(splits["train"])
     return {name: FolderSource(root, split, classes, channels) for name, split in splits.items()}
@@ -106,7 +96,7 @@ def walk(
     follow_links: bool = True,
     refuse_loops: bool = True,
     above: tuple[Path, ...] = (),
-) -> Iterator[os.DirEntry[str]]:
+) -> Iterator[_Entry]:
     """The files below a folder at any depth, in no order; those that `scan` leaves out are not.
 
     A link back to a folder around it is refused with a UserError, or else left out.
@@ -118,14 +108,12 @@ def walk(
         return
     folders, files = scan(directory, follow_links)
     yield from files
-    options = {"follow_links": follow_links, "refuse_loops": refuse_loops}
+    options = {"follow_links": follow_links, "refuse_loops": refuse_loops, "above": (*above, real)}
     for entry in folders:
-        yield from walk(entry.path, above=(*above, real), **options)
+        yield from walk(entry.path, **options)
 
 
-def scan(
-    directory: str, follow_links: bool
-) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+def scan(directory: str, follow_links: bool) -> tuple[list[_Entry], list[_Entry]]:
     """Lists the folders and the files of a directory, without hidden ones, pipes and the like."""
     folders, files = [], []
     try:
@@ -145,15 +133,14 @@ def scan(
 
 
 def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
-    def file(entry: os.DirEntry[str]) -> _File:
-        stat = entry.stat(follow_symlinks=entry.is_file())
-        return _File(os.path.relpath(entry.path, root), stat.st_size, stat.st_mtime_ns)
-
-    folders, _ = scan(directory, follow_links)
-    return {
-        entry.name: [file(found) for found in walk(entry.path, follow_links=follow_links)]
-        for entry in folders
-    }
+    classes = {}
+    for folder in scan(directory, follow_links)[0]:
+        classes[folder.name] = files = []
+        for entry in walk(folder.path, follow_links=follow_links):
+            stat = entry.stat(follow_symlinks=entry.is_file())
+            path = os.path.relpath(entry.path, root)
+            files.append(_File(path, stat.st_size, stat.st_mtime_ns))
+    return classes
 
 
 def _carve(train: _Split, held_out: tuple[str, ...]) -> dict[str, _Split]:
@@ -162,11 +149,9 @@ def _carve(train: _Split, held_out: tuple[str, ...]) -> dict[str, _Split]:
     for label, files in train.items():
         files = sorted(files, key=lambda file: file.key)
         tenth = max(1, (len(files) + 5) // 10) if len(files) >= 3 else 0
-        start = len(files) - tenth * len(held_out)
-        splits["train"][label] = files[:start]
-        for name in held_out if tenth else ():
-            splits[name][label] = files[start : start + tenth]
-            start += tenth
+        for name in reversed(held_out if tenth else ()):
+            files, splits[name][label] = files[:-tenth], files[-tenth:]
+        splits["train"][label] = files
     return splits
 
 

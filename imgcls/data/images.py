@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from imgcls.errors import BadExampleError, printable
 
@@ -19,28 +19,25 @@ BACKGROUND = (255, 255, 255, 255)
 # Part of every fingerprint: another decoder may give other pixels.
 DECODER = f"Pillow {PIL.__version__}"
 
-_EXIF_ORIENTATION = 0x0112
-
 
 def decode_image(
     source: str | os.PathLike[str] | bytes, *, channels: int, name: str = "an image"
 ) -> np.ndarray:
-    """Decodes a JPEG, PNG, WebP, BMP or GIF (first frame) picture, whatever its file is called.
+    """Decodes a picture of one of `FORMATS` (a GIF's first frame), whatever its file is called.
 
-    EXIF orientation is applied; transparency is composited on `BACKGROUND`; palettes, CMYK and
-    bilevel pictures are converted; 16-bit gray is scaled to 8 bits; colour becomes gray by ITU-R
-    601 luma (0.299 R + 0.587 G + 0.114 B).
+    EXIF orientation is applied; transparency is composited on `BACKGROUND`; 16-bit gray is scaled
+    to 8 bits; colour becomes gray by ITU-R 601 luma (0.299 R + 0.587 G + 0.114 B).
 
     Args:
-      source: A path, or the content of a file.
-      channels: 1 (gray) or 3 (RGB).
-      name: What an error calls a picture that has no path.
+        source: a path, or the content of a file.
+        channels: 1 (gray) or 3 (RGB).
+        name: what an error calls a picture that has no path.
 
     Returns:
-      uint8[h, w, channels], not writeable.
+        uint8[h, w, channels], not writeable.
 
     Raises:
-      BadExampleError: Not such a picture, damaged, unreadable, or of more than `MAX_PIXELS`.
+        BadExampleError: no such picture, damaged, unreadable, or of more than `MAX_PIXELS`.
     """
     encoded = isinstance(source, bytes)
     try:
@@ -55,7 +52,12 @@ def decode_image(
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
-    image = _upright(image)
+    image.load()  # not in the try: damaged pixels are an error
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)  # which copies an upright one
+    except Exception:  # an unreadable EXIF block counts as none, as it does in browsers
+        pass
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's convert() would clip to white
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -64,16 +66,6 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
     array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array.reshape(*array.shape[:2], channels)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # not in the try: damaged pixels are an error
-    try:
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:  # exif_transpose copies every image
-            return ImageOps.exif_transpose(image)
-    except Exception:  # an unreadable EXIF block counts as none, as it does in browsers
-        pass
-    return image
 
 
 def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
@@ -87,25 +79,16 @@ def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
 def fit_image(
     image: np.ndarray, *, image_size: tuple[int, int], resize: Literal["squash", "crop"]
 ) -> np.ndarray:
-    """Resizes an image; one that has the wanted size already is returned as it is.
+    """Resizes uint8[h, w, c], with c of 1 or 3, to uint8[*image_size, c].
 
-    Pillow's BILINEAR is a triangle filter that widens when shrinking, so nothing aliases. LANCZOS
-    is a little sharper but overshoots at edges, and ImageNet figures are mostly made with bilinear.
-
-    Args:
-      image: uint8[h, w, c] with c of 1 or 3.
-      image_size: Height and width of the result.
-      resize: "squash" keeps the whole image, whatever its proportions; "crop" takes the largest
-        centred part with the proportions of `image_size`.
-
-    Returns:
-      uint8[*image_size, c].
+    An image of that size is returned as it is. "squash" keeps the whole image, whatever its
+    proportions; "crop" takes the largest centred part with those of `image_size`.
     """
-    height, width, channels = image.shape
-    new_height, new_width = image_size
-    if (height, width) == (new_height, new_width):
+    channels = image.shape[2]
+    if image.shape[:2] == tuple(image_size):
         return image
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     fit = ImageOps.fit if resize == "crop" else Image.Image.resize
-    picture = fit(picture, (new_width, new_height), Image.Resampling.BILINEAR)
-    return np.asarray(picture).reshape(new_height, new_width, channels)
+    # Pillow's BILINEAR widens when shrinking, so that nothing aliases. LANCZOS overshoots at edges.
+    picture = fit(picture, tuple(image_size[::-1]), Image.Resampling.BILINEAR)
+    return np.asarray(picture).reshape(*image_size, channels)

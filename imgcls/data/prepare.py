@@ -10,21 +10,20 @@ import functools
 import json
 import logging
 import os
-import signal
+import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from urllib.parse import urlparse
 
+import requests
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 
-from imgcls.data.tfds import check_features, find, has_array_record, load, one_line, parse
-from imgcls.errors import UserError
+from imgcls.data.tfds import check_features, find, has_array_record, load, parse
+from imgcls.errors import UserError, first_line
 from imgcls.run.files import lock, write_bytes
-
-_stopping = threading.Event()
 
 
 def prepare(name: str, root: Path) -> Path:
@@ -44,6 +43,9 @@ def prepare(name: str, root: Path) -> Path:
 
 def _download(name: str, root: Path) -> Path:
     what = name
+    # Without a network, TFDS would retry for minutes, and wait for ever.
+    downloader.MAX_RETRIES = 2
+    requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))
     try:
         builder = tfds.builder(name, data_dir=root)
         check_features(name, builder)
@@ -52,10 +54,9 @@ def _download(name: str, root: Path) -> Path:
             hosts = ", ".join(sorted({urlparse(url).netloc for url in urls}))
             what = f"{builder.info.full_name} ({size:.0f} MiB from {hosts})"
         _say(f"preparing {what} in {root}, once; a slow server can make this long")
-        _bound_waiting()
         builder.download_and_prepare(
             file_format=FileFormat.ARRAY_RECORD,
-            # There are only TFRECORD files, and no network can mean minutes of waiting.
+            # It has only TFRECORD files.
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
     except UserError:
@@ -63,20 +64,11 @@ def _download(name: str, root: Path) -> Path:
     except Exception as error:  # from the network, the disk, or the dataset's own code
         raise UserError(
             f"cannot download and prepare {what} in {root} ({type(error).__name__}: "
-            f"{one_line(error)}). By hand: `tfds build {name} --file_format=array_record` where "
+            f"{first_line(error)}). By hand: `tfds build {name} --file_format=array_record` where "
             f"there is a network, then copy ~/tensorflow_datasets/{parse(name)[0]} into {root}, or "
             "name the directory that holds it with TFDS_DATA_DIR or --config.data.dir"
         ) from error
     return Path(builder.data_path)
-
-
-def _bound_waiting() -> None:
-    """Makes TFDS, which retries for minutes and waits for ever, fail soon without a network."""
-    import requests
-    from tensorflow_datasets.core.download import downloader
-
-    downloader.MAX_RETRIES = 2
-    requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))
 
 
 def _convert(directory: Path) -> None:
@@ -103,7 +95,7 @@ def _convert(directory: Path) -> None:
                 writer.write_examples(partial, enumerate(records))
                 os.replace(partial, target)
             except Exception as error:  # TensorFlow's, or the disk's
-                raise UserError(f"cannot convert {source}: {one_line(error)}") from error
+                raise UserError(f"cannot convert {source}: {first_line(error)}") from error
     info = directory / "dataset_info.json"
     content = json.loads(info.read_text()) | {"alternativeFileFormats": [writer.FILE_SUFFIX]}
     write_bytes(info, json.dumps(content, indent=2).encode())
@@ -113,33 +105,23 @@ def _say(text: str) -> None:
     print(f"imgcls: {text}", file=sys.stderr, flush=True)
 
 
-def _stop(*_: object) -> None:
-    _stopping.set()
-    signal.alarm(10)  # whatever hangs then, the process ends
-    raise KeyboardInterrupt  # lets TFDS remove what it has half made
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()  # returns when the parent is gone, however it ended
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-    time.sleep(15)  # the main thread may be deep in a library, where it hears no signal
-    os._exit(128 + signal.SIGTERM)
+def _end_with_parent(folder: Path) -> None:
+    others = {*folder.rglob("incomplete.*/")}
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone, however it ended
+    for unfinished in {*folder.rglob("incomplete.*/")} - others:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    os._exit(1)  # whatever the main thread is doing, and those that download
 
 
 def main() -> int:
-    name, root = sys.argv[1:]
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    name, root = sys.argv[1], Path(sys.argv[2])
+    folder = root / parse(name)[0]
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     logging.getLogger().setLevel(logging.ERROR)  # each retry would be a warning
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
-            directory = prepare(name, Path(root))
-    except BaseException as error:
-        # Compiled code may drop the KeyboardInterrupt, and fail with anything in its place.
-        if _stopping.is_set() or isinstance(error, KeyboardInterrupt):
-            os._exit(128 + signal.SIGTERM)  # without waiting for the threads that download
-        if not isinstance(error, UserError):
-            raise
+            directory = prepare(name, root)
+    except UserError as error:
         print(error)
         return 2
     print(directory)

@@ -17,16 +17,11 @@ class Source(Protocol):
     `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
     source that reads many examples faster than one by one also has `read(indices) -> list of
     examples`, which raises at the first bad one.
-
-    Attributes:
-      class_names: A name for each label.
-      fingerprint: Changes whenever the decoded examples may have changed.
-      ids: A printable, unique name for each example: its path below the folder, or its index.
     """
 
-    class_names: tuple[str, ...]
-    fingerprint: str
-    ids: Sequence[str] | range
+    class_names: tuple[str, ...]  # of each label
+    fingerprint: str  # changes whenever the decoded examples may have changed
+    ids: Sequence[str] | range  # printable and unique: paths below the folder, or indices
 
     def __len__(self) -> int: ...
 
@@ -42,15 +37,15 @@ def open_sources(
     """Opens every split of a dataset: "train", usually "test", and "validation" if it has one.
 
     Args:
-      name: A key of `SOURCES`; anything else is a TFDS dataset, which TFDS downloads on first use:
-        "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
-      data_dir: The folder of images, or where TFDS keeps its datasets (None: the variable
-        TFDS_DATA_DIR, else ~/tensorflow_datasets).
-      channels: 1 (gray) or 3 (RGB), of every decoded image.
-      follow_links: False refuses a folder of images that holds symbolic links.
+        name: a key of `SOURCES`; anything else is a TFDS dataset, which TFDS downloads on first
+            use: "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
+        data_dir: the folder of images, or where TFDS keeps its datasets (None: the variable
+            TFDS_DATA_DIR, else ~/tensorflow_datasets).
+        channels: 1 (gray) or 3 (RGB), of every decoded image.
+        follow_links: False refuses a folder of images that holds symbolic links.
 
     Raises:
-      UserError: An unknown name, no such folder, damaged data, or no network to download it.
+        UserError: an unknown name, no such folder, damaged data, or no network to download it.
     """
     if name in SOURCES:
         return SOURCES[name](data_dir=data_dir, channels=channels, follow_links=follow_links)

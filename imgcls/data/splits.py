@@ -1,7 +1,6 @@
 """Opens the splits of a dataset by TFDS split strings such as "train[:90%]".
 
-The rest of the project sees a `Split`: a length, labels, ids, a fingerprint and batches by index.
-Whether its images are in memory, mapped from a file or streamed, nobody else knows.
+Whether the images of a `Split` are in memory, mapped from a file or streamed, nobody else knows.
 """
 
 import dataclasses
@@ -44,12 +43,10 @@ class Split:
         else:
             starts = np.cumsum([0, *map(len, self.parts)])
             parts = np.searchsorted(starts, indices, side="right") - 1
-            rows = zip(parts, indices - starts[parts])
-            images = np.stack([self.parts[part][row] for part, row in rows])
-        batch = {"image": images, "label": self.labels[indices], "mask": mask}
-        for key in ("image", "label"):
-            batch[key][~mask] = 0
-        return batch
+            images = np.stack([self.parts[p][i - starts[p]] for p, i in zip(parts, indices)])
+        labels = self.labels[indices]
+        images[~mask] = labels[~mask] = 0
+        return {"image": images, "label": labels, "mask": mask}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -58,10 +55,8 @@ class Split:
         if digests is None:
             images = (image for part in self.parts for image in part)
             digests = b"".join(map(cache.digest, images, self.labels))
-        ids = "\n".join(map(str, self.ids))
-        content = hashlib.sha256(f"{self.parts[0].shape[1:]}\n{ids}\n".encode())
-        content.update(digests)
-        return content.hexdigest()
+        head = "\n".join([str(self.parts[0].shape[1:]), *map(str, self.ids), ""])
+        return hashlib.sha256(head.encode() + bytes(digests)).hexdigest()
 
 
 def load_splits(
@@ -75,12 +70,10 @@ def load_splits(
 ) -> list[Split]:
     """Decodes the splits that TFDS split strings name, each base split once.
 
-    A split string counts unreadable examples, too: which split an example is in depends on no
-    other's state.
-
     Args:
         sources: the dataset's base splits by name.
-        specs: such as "train[:90%]" or "train+test[:1000]".
+        specs: such as "train[:90%]" or "train+test[:1000]". They count unreadable examples, too:
+            which split an example is in depends on no other's state.
         image_size: (height, width) in pixels.
         channels: of the sources' images.
         resize: "squash" or "crop", see `fit_image`.
@@ -121,10 +114,8 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]
         sizes = ", ".join(f"{name} ({len(s)} examples)" for name, s in sources.items())
         reason = first_line(error).rstrip(".")
         raise UserError(f"split {spec!r}: {reason}; this dataset has {sizes}") from None
-    slices = [
-        (p.splitname, p.from_ or 0, len(sources[p.splitname]) if p.to is None else p.to)
-        for p in parts
-    ]
+    bounds = [(p.splitname, slice(p.from_, p.to)) for p in parts]
+    slices = [(name, *bound.indices(len(sources[name]))[:2]) for name, bound in bounds]
     slices = [(name, start, stop) for name, start, stop in slices if start < stop]
     if not slices:
         raise UserError(f"split {spec!r} has no examples; ask for a larger part of the data")
@@ -133,9 +124,8 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]
 
 def _check_labels(source: Source, name: str, decoded: cache.Decoded) -> None:
     labels, classes = decoded.labels, len(source.class_names)
-    if labels.ndim > 1:
-        return
-    for row in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes)) if labels.ndim == 1 else ()
+    for row in wrong:
         raise UserError(
             f"example {source.ids[int(decoded.kept[row])]!r} of split {name!r} has label "
             f"{labels[row]}, outside 0..{classes - 1}: correct the dataset"

@@ -5,7 +5,6 @@ with it, is a child process.
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import re
@@ -25,7 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 import imgcls
 from imgcls.data.images import DECODER, decode_image
 from imgcls.data.sources import SOURCES
-from imgcls.errors import UserError
+from imgcls.errors import UserError, did_you_mean, first_line
 from imgcls.run import signals
 
 _NAME = re.compile(r"(\w+)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")
@@ -33,11 +32,7 @@ _REMEDY = "delete that directory and run again, or name another with --config.da
 
 
 class TfdsSource:
-    """One split of a prepared dataset. See `imgcls.data.sources.Source`.
-
-    Pictures are decoded by `imgcls.data.images`, not by TFDS: the same pixels and limits as
-    everywhere else.
-    """
+    """One split of a prepared dataset, decoded by `data.images`. See `data.sources.Source`."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, channels: int):
         self._records = builder.as_data_source(
@@ -60,19 +55,19 @@ class TfdsSource:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Reads many examples; CIFAR-10's twice as fast as one by one."""
         indices = [self.ids[index] for index in indices]  # an IndexError as of any sequence
         try:
             records = self._records.__getitems__(indices)
             examples = [tf_example_pb2.Example.FromString(record) for record in records]
         except Exception as error:  # array_record and protobuf each have their own
-            raise UserError(f"{self._name} is damaged ({one_line(error)}); {_REMEDY}") from error
-        return [self._decode(*pair) for pair in zip(indices, examples)]
+            raise UserError(f"{self._name} is damaged ({first_line(error)}); {_REMEDY}") from error
+        return [self._decode(i, example.features.feature) for i, example in zip(indices, examples)]
 
-    def _decode(self, index: int, example: tf_example_pb2.Example) -> dict[str, Any]:
-        features = example.features.feature
-        (encoded,) = features["image"].bytes_list.value
-        (label,) = features["label"].int64_list.value
+    def _decode(self, index: int, features: Any) -> dict[str, Any]:
+        (encoded,), (label,) = (
+            features["image"].bytes_list.value,
+            features["label"].int64_list.value,
+        )
         image = decode_image(encoded, channels=self._channels, name=f"{self._name}[{index}]")
         return {"image": image, "label": label}
 
@@ -80,8 +75,7 @@ class TfdsSource:
 def open_tfds(name: str, *, data_dir: str | None, channels: int) -> dict[str, TfdsSource]:
     """Opens the splits of NAME[/CONFIG][:VERSION], of the newest version that `data_dir` holds.
 
-    The first use prepares the dataset in a child process, for as long as its download takes. Any
-    exception ends that, one from a signal handler too.
+    The first use prepares the dataset in a child process, for as long as its download takes.
 
     Raises:
       UserError: An unknown name, a dataset without image and label, a damaged directory, one that
@@ -91,10 +85,9 @@ def open_tfds(name: str, *, data_dir: str | None, channels: int) -> dict[str, Tf
     if "://" in root:
         raise UserError(f"{root} is remote: copy the dataset to a local --config.data.dir")
     root = Path(root).expanduser().absolute()
-    directory = find(name, root)
-    if directory is None:
+    if not (directory := find(name, root)):
         _check_known(name)
-    if directory is None or not has_array_record(load(directory)):
+    if not directory or not has_array_record(load(directory)):
         directory = _prepare_in_child(name, root)
     builder = load(directory)
     check_features(name, builder)
@@ -124,7 +117,7 @@ def load(directory: Path) -> tfds.core.DatasetBuilder:
         if not builder.info.splits:
             raise ValueError("it has no splits")
     except Exception as error:  # TFDS, json and protobuf each have their own for a damaged file
-        why = one_line(error)
+        why = first_line(error)
         raise UserError(f"{directory} is no complete TFDS dataset ({why}); {_REMEDY}") from error
     return builder
 
@@ -144,25 +137,19 @@ def check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
         raise UserError(f"{name} is no image classification dataset (image, label): it has {has}")
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _check_known(name: str) -> None:
     dataset = parse(name)[0]
     known = tfds.list_builders(with_community_datasets=False)
     if dataset not in known:
-        near = difflib.get_close_matches(dataset, [*SOURCES, *known])
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"unknown dataset {name}: known are {', '.join(SOURCES)}, and TFDS's{hint}")
+        near = did_you_mean(dataset, [*SOURCES, *known]) or "name one of them"
+        ours = ", ".join(SOURCES)
+        raise UserError(f"unknown dataset {name}: there are {ours} and those of TFDS; {near}")
 
 
 def _check_shard(path: Any, length: int) -> tuple[str, int, int]:
     """Returns what identifies a shard's content. The number of records tells a truncated one."""
-    if not path.exists():
-        raise UserError(f"{path} is missing; {_REMEDY}")
-    if ArrayRecordReader(os.fspath(path)).num_records() != length:
-        raise UserError(f"{path} is truncated or damaged; {_REMEDY}")
+    if not path.exists() or ArrayRecordReader(os.fspath(path)).num_records() != length:
+        raise UserError(f"{path} is missing, truncated or damaged; {_REMEDY}")
     stat = os.stat(path)
     return path.name, stat.st_size, stat.st_mtime_ns
 
@@ -171,7 +158,7 @@ def _prepare_in_child(name: str, root: Path) -> Path:
     """Runs `imgcls.data.prepare`, which shares our stderr and ends when we do."""
     with subprocess.Popen(
         [sys.executable, "-m", "imgcls.data.prepare", name, root],
-        stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+        stdin=subprocess.PIPE,  # its end tells the child to end
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and we end the child
@@ -185,8 +172,11 @@ def _prepare_in_child(name: str, root: Path) -> Path:
                     child.wait(0.1)
             answer = child.stdout.read().strip()
         finally:
-            child.terminate()
+            child.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+            child.kill()
     if child.returncode:
-        failed = f"preparing {name} in {root} failed with exit code {child.returncode}"
-        raise UserError(answer or failed)
+        signals.poll()  # the one that we both got
+        raise UserError(answer or f"preparing {name} in {root} ended with {child.returncode}")
     return Path(answer)

@@ -17,8 +17,8 @@ from imgcls.errors import UserError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` at the end of the block, unless the block raises.
 
-    A reader, a kill or a power cut finds the old file or the new one, whole. Until then the file
-    has a name in the same folder that nobody can guess. A link at `path` is replaced, not followed.
+    A reader, a kill or a power cut finds the old file or the new one, whole. Until then it has a
+    name that nobody can guess. A link at `path` is replaced, not followed.
 
     Raises:
         OSError: the folder or the disk refuses, or `path` is a folder or a device.
@@ -35,7 +35,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        os.fsync(folder)
+    os.close(folder)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -62,17 +65,6 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
 
 def _open_no_link(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,37 +36,35 @@ def session(
     """Joins the other processes, if any, before JAX computes, and leaves together with them.
 
     Args:
-        coordinator_address: "host:port" of process 0, reachable from all. None, as the next two: as
-            JAX detects (Slurm, Open MPI, Cloud TPU, Kubernetes), else this is the only process.
+        coordinator_address: "host:port" of process 0, reachable from all. Where all three are None,
+            JAX detects them (Slurm, Open MPI, Cloud TPU, Kubernetes), else this is the only one.
         num_processes: how many there are; 1 turns the detection off.
         process_id: which one this is, from 0.
         start_timeout: seconds to wait until all are there.
-        heartbeat_timeout: seconds after which a silent process counts as dead. JAX then aborts the
-            others.
+        heartbeat_timeout: seconds after which a silent process is dead, and JAX aborts the others.
 
     Raises:
         UserError: the three do not fit together, or not all processes came in time.
         PeerError: another process died, as seen by a collective operation of this one.
     """
-    given = {
-        "coordinator_address": coordinator_address,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    several = _check(given) if any(v is not None for v in given.values()) else _detects_several()
+    names = ("coordinator_address", "num_processes", "process_id")
+    given = dict(zip(names, (coordinator_address, num_processes, process_id)))
+    if set(given.values()) == {None}:
+        several = _detects_several()
+    elif several := num_processes != 1:
+        _check(**given)
     if not several:
         yield
         return
     # JAX would take SIGTERM for itself; a stop is agreed upon by `Agreement`.
     jax.config.update("jax_enable_preemption_service", False)
-    join = lambda: jax.distributed.initialize(
-        **given,
-        # JAX aborts the process at its own timeout; ours comes first, and tells what to do.
-        initialization_timeout=start_timeout + 60,
-        heartbeat_timeout_seconds=heartbeat_timeout,
-    )
+    # JAX aborts the process at its own timeout; ours comes first, and tells what to do.
+    timeouts = {
+        "initialization_timeout": start_timeout + 60,
+        "heartbeat_timeout_seconds": heartbeat_timeout,
+    }
     try:
-        joined = _in_time(join, start_timeout)
+        joined = _in_time(lambda: jax.distributed.initialize(**given, **timeouts), start_timeout)
     except Exception as error:
         raise UserError(f"this process cannot join the others: {first_line(error)}") from error
     if not joined:
@@ -124,9 +123,7 @@ class Agreement:
         return self._stop.stopped(text)
 
 
-def _check(given: dict[str, str | int | None]) -> bool:
-    if given["num_processes"] == 1:
-        return False
+def _check(**given: Any) -> None:
     for name, value in given.items():
         if value is None:
             others = " and ".join(f"--{n}" for n in given if n != name)
@@ -134,10 +131,8 @@ def _check(given: dict[str, str | int | None]) -> bool:
     address, count, index = given.values()
     if not re.fullmatch(r"[^:\s]+:\d+|\[[^\s]+\]:\d+", address):
         raise UserError(f"--coordinator_address={address} must be host:port of process 0")
-    if count < 1:
-        raise UserError(f"--num_processes={count} must be at least 1")
     if not 0 <= index < count:
-        raise UserError(f"--process_id={index} must be from 0 to {count - 1}: --num_processes less")
+        raise UserError(f"--process_id={index} must be at least 0, below --num_processes={count}")
     if index == 0:
         try:  # JAX would crash
             socket.create_server(("", int(address.rpartition(":")[2]))).close()
@@ -146,7 +141,6 @@ def _check(given: dict[str, str | int | None]) -> bool:
                 f"--coordinator_address={address}: the port cannot be opened here ({error}): "
                 "choose another in all processes"
             ) from None
-    return True
 
 
 def _detects_several() -> bool:

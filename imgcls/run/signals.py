@@ -11,15 +11,15 @@ from imgcls.errors import Stopped
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
-_futures: list[Future] = []  # of all threads of `in_thread`
+_futures: list[Future] = []  # of the threads of `in_thread` that are at work
 _active: "StopSignal | None" = None  # signals are the process's, so there is one
 
 
 class StopSignal:
     """Installed as a context manager around a run, in the main thread.
 
-    A signal sets `requested` and nothing else: the loop looks at it, saves, and leaves. Python
-    drops what a handler raises inside a finaliser, so that raising there would lose signals.
+    A signal sets `requested` and nothing else: the loop looks at it, saves, and leaves. Raised by a
+    handler, it would be lost where Python discards it: inside a finaliser.
     """
 
     def __init__(self):
@@ -48,13 +48,10 @@ class StopSignal:
     def _watch(self, reader: int) -> None:
         while numbers := os.read(reader, 1):
             if numbers[0] in EXIT_CODES:
-                self._handle(numbers[0])
+                if self.requested is not None:
+                    os._exit(EXIT_CODES[numbers[0]])
+                self.requested = numbers[0]
         os.close(reader)
-
-    def _handle(self, number: int) -> None:
-        if self.requested is not None:
-            os._exit(EXIT_CODES[number])
-        self.requested = number
 
     def stopped(self, text: str) -> Stopped:
         error = Stopped(f"stopped by {signal.Signals(self.requested).name}: {text}")
@@ -76,7 +73,7 @@ def left_behind() -> bool:
 def in_thread(function: Callable[[], Any]) -> Future:
     """Starts function() in a thread that dies with the process."""
     future: Future = Future()
-    _futures.append(future)
+    _futures[:] = [other for other in _futures if not other.done()] + [future]
 
     def run() -> None:
         try:
@@ -89,18 +86,16 @@ def in_thread(function: Callable[[], Any]) -> Future:
 
 
 def interruptibly(function: Callable[[], Any]) -> Any:
-    """function(), in a thread, left within two seconds of a signal.
+    """function(), in a thread, left within two seconds of a signal: for long work of the start.
 
-    For compilations and other long work of the start. It may `poll` itself, to clean up; a thread
-    that is left behind dies with the process.
+    It may `poll` itself, to clean up; a thread that is left behind dies with the process.
     """
     future = in_thread(function)
-    while True:
-        done = wait([future], 0.1).done
-        try:
+    try:
+        while not wait([future], 0.1).done:
             poll()
-        except Stopped:
-            wait([future], 2)
-            raise
-        if done:
-            return future.result()
+        poll()
+    except Stopped:
+        wait([future], 2)
+        raise
+    return future.result()

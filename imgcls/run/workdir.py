@@ -13,16 +13,11 @@ from imgcls.run.files import lock, write_bytes
 
 @contextlib.contextmanager
 def claim(workdir: Path) -> Iterator[None]:
-    """Creates the directory and holds its lock, which the kernel frees however the process ends.
-
-    Process 0 does so for all processes of a run.
+    """Creates the directory and holds its lock, in process 0 for all processes of a run.
 
     Raises:
         UserError: it is a file, cannot be written, or is in use by another process.
     """
-    if not is_main():
-        yield
-        return
 
     def busy(process: str) -> None:
         raise UserError(
@@ -34,7 +29,8 @@ def claim(workdir: Path) -> Iterator[None]:
         f"--workdir={workdir} cannot be used ({why}): name a directory that can be created and "
         "written"
     )
-    with lock(workdir / ".lock", busy=busy, refused=refused):
+    held = lock(workdir / ".lock", busy=busy, refused=refused)
+    with held if is_main() else contextlib.nullcontext():
         yield
 
 
