@@ -9,18 +9,24 @@ difference that another seed undoes is none, however small its p.
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 from absl import flags
+from scipy.stats import binomtest
 
+from imgcls.config import flatten
 from imgcls.errors import UserError, printable
 from imgcls.evaluation import figures, report
-from imgcls.evaluation.report import Run, duration, percent, plain
+from imgcls.evaluation.report import Run, duration, number, percent, plain
 from imgcls.run.logs import say
 
 RESAMPLES = 10_000
 CHANGED_CLASSES = 5  # named on the terminal; the page has them all
+COMPARED = ("top1", "top1_interval", "top5", "loss", "seconds", "images_per_second", "parameters")
+LETTERS = [a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase]
+POSITIONAL = True  # arguments are not only flags
 
 
 def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
@@ -28,8 +34,8 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         examples;
-        runs: per run its letter (A, B, ...), workdir, top1, top1_interval, top5, loss, ece,
-            seconds, images_per_second and parameters (these None where results.json lacks them);
+        runs: per run its letter (A, B, ... Z, AA, ...), workdir, ece and COMPARED (None where its
+            results.json lacks one);
         differences: per run after the first its letter, the difference of its top1 to A's, the 95%
             bootstrap interval of that, gained and lost (examples that it alone, or A alone, gets
             right) and p_value (McNemar's test, exact);
@@ -42,33 +48,41 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
     if len(workdirs) < 2:
         raise UserError("name at least two workdirs: python -m imgcls compare DIR_A DIR_B")
     runs = [report.read_run(workdir) for workdir in workdirs]
-    first = runs[0]
-    for run in runs[1:]:
-        _check_same_examples(first, run)
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    values = {key: [run.config.get(key) for run in runs] for key in keys}
+    summaries, differences = [], []
+    for letter, run in zip(LETTERS, runs):
+        _check_comparable(runs[0], run)
+        summary = {key: run.results.get(key) for key in COMPARED}
+        summary |= {"letter": letter, "workdir": str(run.workdir)}
+        summaries.append(summary | {"ece": run.results["calibration"]["ece"]})
+        differences.append({"letter": letter} | _difference(runs[0], run))
+    recalls = zip(*([row["recall"] for row in run.results["per_class"]] for run in runs))
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: [config.get(key) for config in configs] for key in keys}
     return {
-        "examples": len(first.labels),
-        "runs": [_summary(index, run) for index, run in enumerate(runs)],
-        "differences": [_difference(index, first, runs[index]) for index in range(1, len(runs))],
+        "examples": len(runs[0].labels),
+        "runs": summaries,
+        "differences": differences[1:],
         "per_class": [
-            {"name": rows[0]["name"], "support": rows[0]["support"]}
-            | {"recall": [row["recall"] for row in rows]}
-            for rows in zip(*(run.results["per_class"] for run in runs))
+            {"name": row["name"], "support": row["support"], "recall": list(recall)}
+            for row, recall in zip(runs[0].results["per_class"], recalls)
         ],
         "config": {key: v for key, v in values.items() if any(other != v[0] for other in v)},
     }
 
 
-def _check_same_examples(a: Run, b: Run) -> None:
-    names = [[row["name"] for row in run.results["per_class"]] for run in (a, b)]
-    if names[0] != names[1]:
+def _check_comparable(a: Run, b: Run) -> None:
+    if "per_class" not in b.results:
+        raise UserError(f"{b.workdir} is no classification: only these can be compared")
+    names, same = a.results["class_names"], len(a.ids) == len(b.ids)
+    differing = np.flatnonzero((a.ids != b.ids) | (a.labels != b.labels)) if same else ()
+    if names != b.results["class_names"]:
         difference = "their classes differ"
-    elif len(a.ids) != len(b.ids):
+    elif not same:
         difference = f"{len(a.ids)} and {len(b.ids)} examples"
-    elif (differing := np.flatnonzero((a.ids != b.ids) | (a.labels != b.labels))).size:
-        (i, *_) = differing
-        each = [f"{str(run.ids[i])!r} of class {names[0][run.labels[i]]!r}" for run in (a, b)]
+    elif len(differing):
+        i = differing[0]
+        each = [f"{str(run.ids[i])!r} of class {names[run.labels[i]]!r}" for run in (a, b)]
         difference = f"example {i} is {each[0]} and {each[1]}"
     else:
         return
@@ -78,27 +92,15 @@ def _check_same_examples(a: Run, b: Run) -> None:
     )
 
 
-def _summary(index: int, run: Run) -> dict[str, Any]:
-    summary = {"letter": figures.run_letter(index), "workdir": str(run.workdir)}
-    summary |= {key: run.results[key] for key in ("top1", "top1_interval", "top5", "loss")}
-    summary["ece"] = run.results["calibration"]["ece"]
-    cost = ("seconds", "images_per_second", "parameters")
-    return summary | {key: run.results.get(key) for key in cost}
-
-
-def _difference(index: int, a: Run, b: Run) -> dict[str, Any]:
-    from scipy.stats import binomtest
-
+def _difference(a: Run, b: Run) -> dict[str, Any]:
     right_a, right_b = (run.logits.argmax(axis=1) == run.labels for run in (a, b))
     n, gained, lost = len(a.labels), int((right_b > right_a).sum()), int((right_a > right_b).sum())
     # Paired examples count +1, -1 or 0, so resampling n of them is one multinomial draw.
     shares = [gained / n, lost / n, (n - gained - lost) / n]
     draws = np.random.default_rng(0).multinomial(n, shares, size=RESAMPLES)
-    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, [2.5, 97.5])
     return {
-        "letter": figures.run_letter(index),
         "difference": (gained - lost) / n,
-        "interval": [float(low), float(high)],
+        "interval": np.percentile((draws[:, 0] - draws[:, 1]) / n, [2.5, 97.5]).tolist(),
         "gained": gained,
         "lost": lost,
         "p_value": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
@@ -107,44 +109,33 @@ def _difference(index: int, a: Run, b: Run) -> dict[str, Any]:
 
 def as_text(comparison: dict[str, Any]) -> str:
     """The comparison for a terminal."""
+    runs, per_class = comparison["runs"], comparison["per_class"]
     head = ["", "workdir", "top-1 %", "95% interval", "loss", "ECE %"]
-    head = [*head, "time", "images/s", "parameters"]
-    runs = [
-        [
-            run["letter"],
-            run["workdir"],
-            percent(run["top1"], 2),
-            " to ".join(percent(bound, 2) for bound in run["top1_interval"]),
-            f"{run['loss']:.4f}",
-            percent(run["ece"], 2),
-            duration(run["seconds"]),
-            _count(run["images_per_second"]),
-            _count(run["parameters"]),
-        ]
-        for run in comparison["runs"]
-    ]
-    blocks = [f"{comparison['examples']:,} test examples", _table([head, *runs])]
-    for index, row in enumerate(comparison["differences"], start=1):
+    table = [[*head, "time", "images/s", "parameters"]]
+    for run in runs:
+        interval = " to ".join(percent(bound, 2) for bound in run["top1_interval"])
+        scores = [percent(run["top1"], 2), interval, f"{run['loss']:.4f}", percent(run["ece"], 2)]
+        cost = [number(run["images_per_second"]), number(run["parameters"])]
+        table.append([run["letter"], run["workdir"], *scores, duration(run["seconds"]), *cost])
+    blocks = [f"{comparison['examples']:,} test examples", _aligned(table)]
+    for i, row in enumerate(comparison["differences"], start=1):
         low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
+        changes = [(r["recall"][i] - r["recall"][0], r["name"]) for r in per_class if r["support"]]
+        changes = sorted((c for c in changes if c[0]), key=lambda c: -abs(c[0]))[:CHANGED_CLASSES]
+        named = ", ".join(f"{_cell(name)} {100 * change:+.1f}" for change, name in changes)
+        changed = f"recall changed most: {named}" if named else "no class's recall changed"
         blocks.append(
             f"{row['letter']} - A: {100 * row['difference']:+.2f} points (95% interval {low} to "
             f"{high}), {row['gained']} gained, {row['lost']} lost, McNemar p = {row['p_value']:.2g}"
+            f"\n  {changed}"
         )
-        blocks[-1] += f"\n  {_changed_classes(comparison['per_class'], index)}"
-    letters = [run["letter"] for run in comparison["runs"]]
     config = [[key, *map(plain, values)] for key, values in comparison["config"].items()]
-    blocks.append(_table([["config", *letters], *config]) if config else "configs are equal")
+    head = ["config", *(run["letter"] for run in runs)]
+    blocks.append(_aligned([head, *config]) if config else "configs are equal")
     return "\n\n".join(blocks)
 
 
-def _changed_classes(per_class: list[dict[str, Any]], index: int) -> str:
-    changes = [(r["recall"][index] - r["recall"][0], r["name"]) for r in per_class if r["support"]]
-    changes = sorted((c for c in changes if c[0]), key=lambda c: -abs(c[0]))[:CHANGED_CLASSES]
-    named = ", ".join(f"{_cell(name)} {100 * change:+.1f}" for change, name in changes)
-    return f"recall changed most: {named}" if named else "no class's recall changed"
-
-
-def _table(rows: list[list[str]]) -> str:
+def _aligned(rows: list[list[str]]) -> str:
     rows = [[_cell(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -155,13 +146,6 @@ def _cell(text: str) -> str:
     return text if len(text) <= 48 else text[:47] + "…"
 
 
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-POSITIONAL = True  # arguments are not only flags
-
-
 def define_flags() -> None:
     flags.DEFINE_string("output", "compare.html", "Where to write the page.")
 
@@ -169,6 +153,7 @@ def define_flags() -> None:
 def main(workdirs: list[str]) -> None:
     comparison = compare(workdirs)
     say(as_text(comparison))
-    plot = figures.intervals([(run["top1"], *run["top1_interval"]) for run in comparison["runs"]])
-    page = report.render("compare.html.j2", plot=plot, **comparison)
-    say(f"\n{report.write_page(Path(flags.FLAGS.output), page)}")
+    runs = comparison["runs"]
+    plot = figures.figure(figures.intervals, runs, size=(512, 56 + 32 * len(runs)))
+    path = report.write_page(Path(flags.FLAGS.output), "compare.html.j2", plot=plot, **comparison)
+    say(f"\n{path}")

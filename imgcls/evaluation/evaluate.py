@@ -52,29 +52,23 @@ def evaluate(
         tta: a key of `VIEWS`: adds the figures of test-time augmentation.
         poll: called before each batch; may raise to stop.
     """
-    config, step = classifier.config, int(classifier.state.step)
-    examples = splits[split]
-    if examples.class_names != classifier.class_names:
+    config, meta, examples = classifier.config, classifier.meta, splits[split]
+    step, names = int(classifier.state.step), examples.class_names
+    if names != classifier.class_names:
         raise UserError(
             f"the classes of the data are no longer those that {workdir} was trained on: restore "
             "the data, or train again in another --workdir"
         )
-    official = split == "test" and checkpoint == config.eval.checkpoint
-    suffix = "" if official else f"_{split}_{checkpoint}"
     if split == "test" and is_main():
         count_test_evaluation(workdir, checkpoint, step)
-    wanted = [split, *({"validation"} & splits.keys() - {split})]
-    logits = {name: classifier.logits(splits[name], poll=poll) for name in wanted}
+    logits = {name: classifier.logits(part, poll=poll) for name, part in splits.items()}
+    validation = splits.get("validation")
+    fit_on = validation and (logits["validation"], validation.labels)
+    task = classifier.experiment.task
     try:
-        fit_on = (
-            (logits["validation"], splits["validation"].labels) if "validation" in splits else None
-        )
-        scores = score(
-            classifier.experiment.task, logits[split], examples.labels, examples.class_names, fit_on
-        )
+        scores = score(task, logits[split], examples.labels, names, fit_on)
     except ValueError as error:
         raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
-    meta = classifier.meta
     trained = step * config.train.batch_size
     results = {
         "dataset": config.data.name,
@@ -86,30 +80,28 @@ def evaluate(
         "seconds": round(meta["seconds"], 1),
         "images_per_second": round(trained / max(meta["train_seconds"], 1e-9), 1),
         "parameters": count_parameters(classifier.state.params),
-        "class_names": list(examples.class_names),
+        "class_names": list(names),
         **meta.get("trained_by", machine.describe()),
         "evaluated_by": machine.describe(),
         **scores,
     }
     if tta:
         mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
-        averaged = score(classifier.experiment.task, mean, examples.labels, examples.class_names)
-        keys = averaged.get("figures", ("top1", "top1_interval", "top5", "loss"))
-        averaged = {key: averaged[key] for key in keys}
-        results["test_time_augmentation"] = {"views": tta} | averaged
+        averaged = score(task, mean, examples.labels, names)
+        say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
+        kept = averaged.get("figures", ("top1", "top1_interval", "top5", "loss"))
+        results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in kept}
     if not is_main():
         return results
+    official = split == "test" and checkpoint == config.eval.checkpoint
+    suffix = "" if official else f"_{split}_{checkpoint}"
+    arrays = {"logits": logits[split], "labels": examples.labels, "ids": np.array(examples.ids)}
     with files.replacing(workdir / f"predictions{suffix}.npz") as file:
-        np.savez_compressed(
-            file, logits=logits[split], labels=examples.labels, ids=np.array(examples.ids)
-        )
+        np.savez_compressed(file, **arrays)
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
     if official:
         write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
-    if tta:
-        shown = _shown({"figures": keys} | averaged if "figures" in scores else averaged)
-        say(f"{split} {shown} with test-time augmentation ({tta})")
     say(f"{split} {_shown(scores)}  {path}")
     return results
 
@@ -117,10 +109,8 @@ def evaluate(
 def _shown(scores: dict[str, Any]) -> str:
     if "figures" in scores:
         return "  ".join(f"{name} {scores[name]:.4f}" for name in scores["figures"])
-    correct = ""
-    if "examples" in scores:
-        correct = f" ({round(scores['top1'] * scores['examples'])}/{scores['examples']})"
-    return f"top1 {scores['top1']:.4f}{correct}"
+    right, examples = round(scores["top1"] * scores["examples"]), scores["examples"]
+    return f"top1 {scores['top1']:.4f} ({right}/{examples})"
 
 
 def _mirrored(images: np.ndarray) -> list[np.ndarray]:
@@ -132,11 +122,8 @@ def _shifted(images: np.ndarray) -> list[np.ndarray]:
     """Shifted by (1, 1), (0, 0) and (-1, -1) pixels, each with its mirror image: six views."""
     h, w = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    return [
-        view
-        for shift in (1, 0, 2)
-        for view in _mirrored(padded[:, shift : shift + h, shift : shift + w])
-    ]
+    shifted = [padded[:, shift : shift + h, shift : shift + w] for shift in (1, 0, 2)]
+    return [view for part in shifted for view in _mirrored(part)]
 
 
 VIEWS = {"flip": _mirrored, "shifts": _shifted}
@@ -156,22 +143,15 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    workdir = cli.required_workdir()
-    split, checkpoint = flags.FLAGS.split, flags.FLAGS.checkpoint
+    workdir, split, checkpoint = cli.required_workdir(), flags.FLAGS.split, flags.FLAGS.checkpoint
     classifier = load(workdir, checkpoint)
     config = classifier.config
     if not config.data[split]:
         raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
-    names = [split, *(["validation"] if config.data.validation and split != "validation" else [])]
+    names = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
     splits = dict(zip(names, experiment.open_splits(config, *names)))
+    goes_by = {"split": split, "checkpoint": checkpoint or config.eval.checkpoint}
     try:
-        evaluate(
-            classifier,
-            splits,
-            workdir,
-            split=split,
-            checkpoint=checkpoint or config.eval.checkpoint,
-            tta=flags.FLAGS.tta or "",
-        )
+        evaluate(classifier, splits, workdir, **goes_by, tta=flags.FLAGS.tta or "")
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror}") from error

@@ -7,10 +7,11 @@ Content-Security-Policy admits only the style and the script whose hashes it sta
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,19 +19,17 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 from scipy.special import softmax
 
-from imgcls.config import flatten
 from imgcls.errors import UserError
-from imgcls.evaluation import figures
+from imgcls.evaluation import figures, scores
+from imgcls.evaluation.figures import figure
 from imgcls.experiment import load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.files import write_bytes
 from imgcls.run.workdir import read_json
 
-TEMPLATES = Path(__file__).parent / "templates"
 SAMPLES = "augmented.npy"  # uint8[n, H, W, C], which training leaves in the workdir
 GALLERY = 24  # images in each of the two galleries
 MATRIX_CLASSES = 20  # the confusion matrix of more is drawn as a picture, not as a table of counts
@@ -43,7 +42,7 @@ class Run:
 
     workdir: Path
     results: dict[str, Any]
-    config: dict[str, Any]  # flat: {"data.name": "digits"}
+    config: dict[str, Any]
     logits: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
@@ -56,30 +55,27 @@ def read_run(workdir: str | Path) -> Run:
         UserError: a file is missing or broken, or two do not fit together.
     """
     workdir = Path(workdir)
-    config = flatten(read_json(workdir / "config.json"))
-    remedy = f"python -m imgcls evaluate --workdir={workdir}"
-    name = "results.json"
+    config = read_json(workdir / "config.json")
+    path, remedy = workdir / "results.json", f"python -m imgcls evaluate --workdir={workdir}"
     try:
-        results = json.loads((workdir / name).read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
         shape = (results["examples"], len(results["class_names"]))
-        name = "predictions.npz"
-        with np.load(workdir / name, allow_pickle=False) as saved:
+        path = workdir / "predictions.npz"
+        with np.load(path, allow_pickle=False) as saved:
             logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
         if not (logits.shape == shape and labels.shape[:1] == ids.shape == shape[:1]):
             raise ValueError("its shapes are not those of results.json")
     except FileNotFoundError as error:
-        raise UserError(f"{workdir / name} does not exist: write it with {remedy}") from error
+        raise UserError(f"{path} does not exist: write it with {remedy}") from error
     # A cut or corrupt npz raises BadZipFile or zlib.error, which are plain Exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{workdir / name} is broken ({reason}): renew it with {remedy}") from error
+        raise UserError(f"{path} is broken ({reason}): renew it with {remedy}") from error
     return Run(workdir, results, config, logits, labels, ids)
 
 
 def write_report(
-    workdir: str | Path,
-    *,
-    gallery_images: Callable[[np.ndarray], np.ndarray],
+    workdir: str | Path, *, gallery_images: Callable[[np.ndarray], np.ndarray]
 ) -> Path:
     """Writes `workdir/report.html` from the files of a finished run, and returns its path.
 
@@ -91,77 +87,75 @@ def write_report(
     Raises:
         UserError: a file is missing or broken, or the page cannot be written.
     """
-    run = read_run(workdir)
-    page = render(
+    run, samples = read_run(workdir), []
+    with contextlib.suppress(OSError, ValueError, EOFError):  # there are none, or not whole
+        samples = np.load(run.workdir / SAMPLES, allow_pickle=False)
+    return write_page(
+        run.workdir / "report.html",
         "report.html.j2",
         run=run,
         results=run.results,
         names=run.results["class_names"],
-        config_groups=_groups(run.config),
         test_evaluations=logs.read_metrics(run.workdir / "test_evaluations.jsonl"),
         curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
-        samples=[image_uri(image) for image in _read_samples(run.workdir)],
-        **_shown_of_a_task(run, gallery_images),
+        samples=[image_uri(image) for image in samples],
+        **(_of_classes(run, gallery_images) if "per_class" in run.results else {}),
     )
-    return write_page(run.workdir / "report.html", page)
 
 
-def _shown_of_a_task(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict:
-    """What the page shows of a classification, or else the means of the task's figures."""
-    if "per_class" not in run.results:
-        return {"matrix": None, "means": run.results["figures"]}
-    calibration, classes = run.results["calibration"], _worst_classes(run.results["per_class"])
-    highlighted = len(figures.PALETTE)
+def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    """What the page shows of a classification alone."""
+    per_class, calibration = run.results["per_class"], run.results["calibration"]
+    worst = [k for k, row in enumerate(per_class) if row["support"]]
+    worst.sort(key=lambda k: per_class[k]["average_precision"])
+    bins, temperature = calibration["reliability"], calibration["temperature"]
+    series = {"as trained": bins}
+    if temperature is not None:
+        cooled = scores.reliability(run.logits / temperature, run.labels)
+        series[f"at temperature {temperature:.2f}"] = cooled
+    confidence = softmax(run.logits.astype(np.float64), axis=1).max(axis=1)
+    predicted = run.logits.argmax(axis=1)
+    mistakes = np.flatnonzero(predicted != run.labels)
+    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:GALLERY]
+    unsure = np.argsort(confidence, kind="stable")[:GALLERY]
+    shown = np.concatenate([mistakes, unsure])
     return {
-        "calibration": calibration,
-        "matrix": _confusion(run.results["confusion_matrix"]),
-        "worst": classes[:highlighted],
-        "other_classes": len(classes[highlighted:]),
-        "precision_recall": figures.precision_recall(
-            run.logits, run.labels, classes=classes, highlighted=highlighted
-        ),
-        "reliability": figures.reliability(
-            run.logits, run.labels, temperature=calibration["temperature"]
-        ),
-        "confidence_counts": figures.confidence_counts(calibration["reliability"]),
-        "galleries": _galleries(run, gallery_images),
+        "matrix": _confusion(np.array(run.results["confusion_matrix"])),
+        "worst": worst,  # average precision first
+        "precision_recall": figure(figures.precision_recall, run.logits, run.labels, worst),
+        "reliability": figure(figures.reliability, series),
+        "confidence_counts": figure(figures.confidence_counts, bins),
+        "predicted": predicted,
+        "confidence": confidence,
+        "mistakes": mistakes.tolist(),
+        "unsure": unsure.tolist(),
+        "images": dict(zip(shown, map(image_uri, gallery_images(shown)))),
     }
 
 
-def render(template: str, **context: Any) -> str:
-    """A page from a template that extends base.html.j2; every value is escaped."""
+def write_page(path: Path, template: str, **context: Any) -> Path:
+    """Writes a page from a template that extends base.html.j2; every value is escaped.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "plain": plain}
-    style = environment.get_template("style.css.j2").render(
-        light=figures.LIGHT, dark=figures.DARK, palette=figures.PALETTE
-    )
-    script = (TEMPLATES / "sort.js").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    context |= {"policy": policy, "style": Markup(style), "script": Markup(script)}
-    return environment.get_template(template).render(written=datetime.now(UTC), **context)
-
-
-def write_page(path: Path, page: str) -> Path:
-    """Writes the page; UserError where the file system refuses."""
+    for function in (percent, duration, number, plain, sha256):
+        environment.filters[function.__name__] = function
+    context |= {"light": figures.LIGHT, "dark": figures.DARK, "palette": figures.PALETTE}
+    page = environment.get_template(template).render(written=datetime.now(UTC), **context)
     try:
         # A file name that is not UTF-8 comes with lone surrogates, which UTF-8 cannot write.
         write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -174,21 +168,21 @@ def duration(seconds: float | None) -> str:
         return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _groups(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        group, _, name = key.rpartition(".")
-        groups.setdefault(group, {})[name] = value
-    return groups
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def image_uri(image: np.ndarray, largest: int = 192) -> str:
@@ -200,64 +194,28 @@ def image_uri(image: np.ndarray, largest: int = 192) -> str:
     return figures.data_uri("image/png", file.getvalue())
 
 
-def _worst_classes(per_class: list[dict[str, Any]]) -> list[int]:
-    """The classes that occur, lowest average precision first."""
-    present = [k for k, row in enumerate(per_class) if row["support"]]
-    return sorted(present, key=lambda k: per_class[k]["average_precision"])
-
-
-def _confusion(counts: list[list[int]]) -> dict[str, Any]:
+def _confusion(counts: np.ndarray) -> dict[str, Any]:
     """The matrix as table cells or, with many classes, as a picture; and its largest errors.
 
     Shares are of the true class. Errors are shaded by the root of their share, up to the largest,
     so that they show beside a diagonal of nearly one.
     """
-    matrix = np.array(counts)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    right = np.eye(len(matrix), dtype=bool)
-    errors = np.where(right, 0, matrix)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    right = np.eye(len(counts), dtype=bool)
+    errors = np.where(right, 0, counts)
     worst = np.where(right, 0, share).max() or 1
     shade = np.where(right, share, 0.7 * np.sqrt(share / worst)).clip(max=1)
     largest = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
-    pairs = [divmod(int(cell), len(matrix)) for cell in largest]
+    pairs = zip(*np.unravel_index(largest, errors.shape))
     bad, good = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figures.PALETTE[:2])
     pixels = np.dstack([np.where(right[..., None], good, bad), 255 * shade]).astype(np.uint8)
     return {
         "counts": counts,
-        "shares": share.tolist(),
-        "heat": np.ceil(10 * shade).astype(int).tolist(),
-        "pairs": [(i, j) for i, j in pairs if errors[i, j]],
-        "picture": image_uri(pixels, len(matrix)) if len(matrix) > MATRIX_CLASSES else None,
+        "shares": share,
+        "heat": np.ceil(10 * shade).astype(int),
+        "pairs": [pair for pair in pairs if errors[pair]],
+        "picture": image_uri(pixels, len(counts)) if len(counts) > MATRIX_CLASSES else None,
     }
-
-
-def _galleries(run: Run, images: Callable[[np.ndarray], np.ndarray]) -> dict[str, list[dict]]:
-    """The most confident mistakes, then the least sure of all examples, right or wrong."""
-    confidence = softmax(run.logits.astype(np.float64), axis=1).max(axis=1)
-    predicted = run.logits.argmax(axis=1)
-    mistakes = np.flatnonzero(predicted != run.labels)
-    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:GALLERY]
-    unsure = np.argsort(confidence, kind="stable")[:GALLERY]
-    positions = np.concatenate([mistakes, unsure])
-    items = [
-        {
-            "image": image_uri(image),
-            "id": run.ids[position],
-            "truth": int(run.labels[position]),
-            "predicted": int(predicted[position]),
-            "confidence": float(confidence[position]),
-        }
-        for position, image in zip(positions, images(positions), strict=True)
-    ]
-    return {"mistakes": items[: len(mistakes)], "unsure": items[len(mistakes) :]}
-
-
-def _read_samples(workdir: Path) -> Sequence[np.ndarray]:
-    """The augmented training images uint8[n, H, W, C] that training left, if any."""
-    try:
-        return np.load(workdir / SAMPLES, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return []
 
 
 def define_flags() -> None:

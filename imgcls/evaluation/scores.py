@@ -1,6 +1,6 @@
 """What an evaluation computes from the logits and the labels of a split.
 
-Everything is computed once an evaluation, on the host in float64, from each example once.
+Everything is computed on the host in float64, from each example once.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from scipy.special import log_softmax, softmax
 
 from imgcls.task import Classification, Task
 
-CALIBRATION_BINS = 15  # as in Guo et al. 2017
+BINS = 15  # of confidence, as in Guo et al. 2017
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
@@ -21,18 +21,13 @@ def score(
     class_names: Sequence[str],
     validation: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict:
-    """What results.json says of a split: of a classification `evaluate_logits`, else the means of
-    the task's figures.
+    """What results.json says of logits float32[N, K] and the labels that the task has.
 
-    Args:
-        task: of the run.
-        logits: float32[N, K].
-        labels: int32[N], or float32[N, K] where the task has such.
-        class_names: the K names.
-        validation: logits and labels on which a classification's temperature is fitted.
+    Of a classification that is `evaluate_logits`, else the means of the task's figures. The
+    temperature of a classification is fitted on the logits and labels of `validation`.
 
     Raises:
-        ValueError: as `evaluate_logits`.
+        ValueError: as `evaluate_logits`; or a figure is not finite.
     """
     if isinstance(task, Classification) and labels.ndim == 1:
         temperature = fit_temperature(*validation) if validation else None
@@ -57,8 +52,7 @@ def evaluate_logits(
         logits: float[N, K].
         labels: int[N], in [0, K).
         class_names: the K names.
-        temperature: divides the logits for a second set of calibration figures; fitted on another
-            split by `fit_temperature`.
+        temperature: of `fit_temperature` on another split, for a second set of calibration figures.
 
     Returns:
         examples; top1, top5 (top min(5, K)) and their 95% intervals; loss (mean NLL in nats);
@@ -72,26 +66,22 @@ def evaluate_logits(
     logits, labels = _checked(logits, labels)
     if len(class_names) != logits.shape[1]:
         raise ValueError(f"{logits.shape[1]} logits an example, but {len(class_names)} class names")
-    rank = _rank_of_truth(logits, labels)
-    top1, top5, examples = int((rank < 1).sum()), int((rank < 5).sum()), len(labels)
-    figures = _calibration_figures(logits, labels)
-    calibration = {
-        "bins": CALIBRATION_BINS,
-        "ece": figures["ece"],
-        "reliability": reliability(logits, labels),
-        "temperature": temperature,
-    }
+    accuracy = {}
+    # Ties go to the lower class, as in argmax.
+    hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
+    for name, right in (("top1", hits[:, 0]), ("top5", hits.any(axis=1))):
+        interval = wilson_interval(int(right.sum()), len(labels))
+        accuracy |= {name: float(right.mean()), f"{name}_interval": interval}
+    before, bins = _calibration(logits, labels), reliability(logits, labels)
+    calibration = {"bins": BINS, "ece": before["ece"], "reliability": bins}
+    calibration["temperature"] = temperature
     if temperature is not None:
-        after = _calibration_figures(logits / temperature, labels)
-        calibration |= {"before": figures, "after": after}
+        calibration |= {"before": before, "after": _calibration(logits / temperature, labels)}
     return {
-        "examples": examples,
-        "top1": top1 / examples,
-        "top1_interval": wilson_interval(top1, examples),
-        "top5": top5 / examples,
-        "top5_interval": wilson_interval(top5, examples),
-        "loss": figures["loss"],
-        "brier": figures["brier"],
+        "examples": len(labels),
+        **accuracy,
+        "loss": before["loss"],
+        "brier": before["brier"],
         **_class_scores(logits, labels, class_names),
         "calibration": calibration,
     }
@@ -101,8 +91,7 @@ def wilson_interval(successes: int, n: int) -> list[float]:
     """The 95% score interval of a proportion (Wilson 1927): [low, high]."""
     from scipy.stats import binomtest
 
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]
+    return [float(x) for x in binomtest(successes, n).proportion_ci(method="wilson")]
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -114,11 +103,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     from scipy.optimize import minimize_scalar
 
     logits, labels = _checked(logits, labels)
-    result = minimize_scalar(
-        lambda log_t: _nll(logits * np.exp(-log_t), labels),
-        bounds=np.log(TEMPERATURE_BOUNDS),
-        method="bounded",
-    )
+    nll = lambda log_t: _nll(logits * np.exp(-log_t), labels)
+    result = minimize_scalar(nll, bounds=np.log(TEMPERATURE_BOUNDS), method="bounded")
     return float(np.exp(result.x))
 
 
@@ -132,62 +118,42 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict]:
     """
     confidence = softmax(np.asarray(logits, np.float64), axis=1).max(axis=1)
     correct = logits.argmax(axis=1) == labels
-    bin_of = np.ceil(confidence * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
+    bin_of = np.ceil(confidence * BINS).clip(1, BINS) - 1
     bins = []
-    for index in range(CALIBRATION_BINS):
-        inside = bin_of == index
-        bins.append(
-            {
-                "lower": index / CALIBRATION_BINS,
-                "upper": (index + 1) / CALIBRATION_BINS,
-                "count": int(inside.sum()),
-                "confidence": float(confidence[inside].mean()) if inside.any() else None,
-                "accuracy": float(correct[inside].mean()) if inside.any() else None,
-            }
-        )
+    for m in range(BINS):
+        inside = bin_of == m
+        bins.append({"lower": m / BINS, "upper": (m + 1) / BINS, "count": int(inside.sum())})
+        for key, values in (("confidence", confidence), ("accuracy", correct)):
+            bins[m][key] = float(values[inside].mean()) if inside.any() else None
     return bins
 
 
 def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
-        raise ValueError(
-            f"logits must be [N, K] and labels [N], not {logits.shape} and {labels.shape}"
-        )
-    outside = np.flatnonzero((labels < 0) | (labels >= logits.shape[1]))
-    if outside.size:
-        raise ValueError(
-            f"label {labels[outside[0]]} of example {outside[0]} is outside [0, {logits.shape[1]})"
-        )
+        shapes = f"{logits.shape} and {labels.shape}"
+        raise ValueError(f"logits must be [N, K] and labels [N], not {shapes}")
+    classes = logits.shape[1]
+    for i in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
+        raise ValueError(f"label {labels[i]} of example {i} is outside [0, {classes})")
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if broken.size:
-        raise ValueError(
-            f"logits of {broken.size} of {len(logits)} examples are not finite, first {broken[0]}"
-        )
+        count = f"{broken.size} of {len(logits)} examples"
+        raise ValueError(f"logits of {count} are not finite, first {broken[0]}")
     return logits, labels
-
-
-def _rank_of_truth(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """int[N], how many classes precede the true one; ties go to the lower index, as in argmax."""
-    truth = np.take_along_axis(logits, labels[:, None], axis=1)
-    lower_index = np.arange(logits.shape[1]) < labels[:, None]
-    return ((logits > truth) | ((logits == truth) & lower_index)).sum(axis=1)
 
 
 def _nll(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.take_along_axis(log_softmax(logits, axis=1), labels[:, None], axis=1).mean())
 
 
-def _calibration_figures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def _calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     error = softmax(logits, axis=1)
     error[np.arange(len(labels)), labels] -= 1
-    bins = [bin_ for bin_ in reliability(logits, labels) if bin_["count"]]
-    gaps = sum(bin_["count"] * abs(bin_["accuracy"] - bin_["confidence"]) for bin_ in bins)
-    return {
-        "ece": gaps / len(labels),
-        "loss": _nll(logits, labels),
-        "brier": float((error**2).sum(axis=1).mean()),
-    }
+    bins = [b for b in reliability(logits, labels) if b["count"]]
+    gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins)
+    brier = float((error**2).sum(axis=1).mean())
+    return {"ece": gaps / len(labels), "loss": _nll(logits, labels), "brier": brier}
 
 
 def _class_scores(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict:
@@ -198,23 +164,19 @@ def _class_scores(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[
     """
     from sklearn import metrics
 
-    predicted, classes = logits.argmax(axis=1), np.arange(len(class_names))
+    predicted, probs, classes = logits.argmax(1), softmax(logits, axis=1), range(len(class_names))
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=np.nan
     )
-    probs = softmax(logits, axis=1)
     average_precision = [
         metrics.average_precision_score(labels == k, probs[:, k]) if support[k] else np.nan
         for k in classes
     ]
-    columns = {
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "average_precision": np.asarray(average_precision),
-    }
-    present = {key: np.nan_to_num(column[support > 0]) for key, column in columns.items()}
-    weights = support[support > 0]
+    columns = {"precision": precision, "recall": recall, "f1": f1}
+    columns["average_precision"] = np.array(average_precision)
+    occurs = support > 0
+    present = {key: np.nan_to_num(column[occurs]) for key, column in columns.items()}
+    weighted = {key: np.average(v, weights=support[occurs]) for key, v in present.items()}
     return {
         "per_class": [
             {"name": str(name), "support": int(support[k])}
@@ -222,6 +184,6 @@ def _class_scores(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[
             for k, name in enumerate(class_names)
         ],
         "macro": {key: float(v.mean()) for key, v in present.items()},
-        "weighted": {key: float(np.average(v, weights=weights)) for key, v in present.items()},
+        "weighted": {key: float(v) for key, v in weighted.items()},
         "confusion_matrix": metrics.confusion_matrix(labels, predicted, labels=classes).tolist(),
     }
