@@ -44,14 +44,14 @@ def _cpu_facts() -> dict[str, str]:
 def write_result(name: str, part: str, values: dict[str, Any]) -> None:
     """Puts the values, with machine, versions and commit, into results/<name>.json, under `part`
     and the CPU's instructions: another CPU's figures stay."""
-    from imgcls.run import machine
+    from imgcls.run.machine import describe
     from imgcls.run.workdir import read_json, write_json
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = read_json(path) if path.exists() else {}
     part = f"{part}, {instructions()}"
-    write_json(path, before | {part: {**values, "machine": machine(), **machine.describe()}})
+    write_json(path, before | {part: {**values, "machine": machine(), **describe()}})
     print(f"written: {path}, {part}", flush=True)
 
 

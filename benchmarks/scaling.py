@@ -44,19 +44,19 @@ def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dic
     config.data.image_size = (point["image_size"],) * 2
     if point["sweep"] == "devices":
         config.model.cpu_kernels = "off"
-    ours = Imgcls(config, max(point["examples"], batch_size))
-    run, steps = ours.run, 0
+    examples = max(point["examples"], batch_size)
+    ours = Imgcls(config, examples)
     ours.train(1)
-    started = time.perf_counter()
+    started, steps = time.perf_counter(), 0
     while steps < 3 or time.perf_counter() - started < SECONDS:
         if point["examples"]:  # from the split, in the order of the run
-            ours.batch, run.step = run._train_batch(), run.step + 1
+            ours.batch = ours.experiment.train_batch(steps)
         ours.train(1)
         steps += 1
     return {
         "images_per_second": batch_size * steps / (time.perf_counter() - started),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "data_mib": run.splits["train"].parts[0].nbytes / 2**20,
+        "data_mib": examples * point["image_size"] ** 2 * config.data.channels / 2**20,
     }
 
 

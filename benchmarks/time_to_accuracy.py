@@ -5,7 +5,7 @@
     python benchmarks/time_to_accuracy.py --config=configs/cifar10.py --collect runs/a runs/b ...
 
 The second form summarises runs that are finished. README.md's table is made of the output files:
-run `python benchmarks/readme_table.py` afterwards.
+run `python benchmarks/tables.py` afterwards.
 """
 
 import statistics
