@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,8 +38,7 @@ def instructions() -> str:
 
 def _cpu_facts() -> dict[str, str]:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in facts.items()}
+    return dict(re.findall(r"^(.*?)\s*: (.*)$", text, re.MULTILINE))
 
 
 def write_result(name: str, part: str, values: dict[str, Any]) -> None:

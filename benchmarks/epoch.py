@@ -25,14 +25,16 @@ from imgcls.run import cli, machine
 from imgcls.run.logs import say
 from imgcls.train import train_and_evaluate
 
-CONFIG = config_flags.DEFINE_config_file("config", str(common.ROOT / "configs/cifar10.py"))
-REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Epochs measured, after one of warming up.")
-STEPS = flags.DEFINE_integer("steps", 20, "Bare steps between two epochs.")
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(common.ROOT / "configs/cifar10.py"))
+    flags.DEFINE_integer("repetitions", 5, "Epochs measured, after one of warming up.")
+    flags.DEFINE_integer("steps", 20, "Bare steps between two epochs.")
 
 
 def main(_: list[str]) -> None:
-    config = CONFIG.value
-    config.train.epochs = REPETITIONS.value + 1
+    config, bare_steps = flags.FLAGS.config, flags.FLAGS.steps
+    config.train.epochs = flags.FLAGS.repetitions + 1
     config.train.small_epochs = 0.0
     config.train.validate_every_epochs = config.train.checkpoint_every_epochs = 1
     validate(config)
@@ -49,11 +51,11 @@ def main(_: list[str]) -> None:
         if row["split"] == "validation":
             started = time.perf_counter()
             epochs.append(started - began)
-            for _ in range(STEPS.value):
+            for _ in range(bare_steps):
                 state, metrics = step(state, batch, experiment.rng)
             jax.block_until_ready(metrics)
             began = time.perf_counter()
-            bare.append((began - started) / STEPS.value)
+            bare.append((began - started) / bare_steps)
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"splits": experiment.splits, "callback": between_epochs, "test": False}
@@ -61,17 +63,13 @@ def main(_: list[str]) -> None:
     del epochs[0], bare[0]  # the first began with compiling
     ratios = [experiment.steps_per_epoch * b / e for b, e in zip(bare, epochs)]
     say(f"epoch {statistics.median(epochs):.2f} s, bare step {statistics.median(bare):.4f} s")
-    steps = f"bare step x {experiment.steps_per_epoch} steps"
-    say(f"{steps} / epoch: {statistics.median(ratios):.3f}")
+    steps, ratio = experiment.steps_per_epoch, statistics.median(ratios)
+    say(f"bare step x {steps} steps / epoch: {ratio:.3f}")
     values = {"epoch_seconds": epochs, "bare_step_seconds": bare, "ratios": ratios}
-    values |= {"steps_per_epoch": experiment.steps_per_epoch, "ratio": statistics.median(ratios)}
+    values |= {"steps_per_epoch": steps, "ratio": ratio}
     values |= {"dtype": experiment.model.dtype.name, "config": to_json(config)}
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     common.write_result("epoch", name, values)
-
-
-def define_flags() -> None:
-    pass
 
 
 if __name__ == "__main__":
