@@ -46,9 +46,9 @@ def main() -> None:
     }
     rows = [[name, f"{medians[name]:.4f}", f"{costs[name]:+.1%}"] for name in VARIANTS]
     print(common.table([["augmentation", "seconds a step", "cost"], *rows]))
-    run = steps["none"].run
     values = {"seconds": seconds, "costs": costs, "variants": VARIANTS, "steps": arguments.steps}
-    values |= {"batch_size": run.config.train.batch_size, "dtype": run.model.dtype.name}
+    values |= {"batch_size": config.train.batch_size}
+    values |= {"dtype": steps["none"].experiment.model.dtype.name}
     common.write_result("augmentation", arguments.network, values)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,21 +38,20 @@ def instructions() -> str:
 
 def _cpu_facts() -> dict[str, str]:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in facts.items()}
+    return dict(re.findall(r"^(.*?)\s*: (.*)$", text, re.MULTILINE))
 
 
 def write_result(name: str, part: str, values: dict[str, Any]) -> None:
     """Puts the values, with machine, versions and commit, into results/<name>.json, under `part`
     and the CPU's instructions: another CPU's figures stay."""
-    from imgcls.run import machine
+    from imgcls.run.machine import describe
     from imgcls.run.workdir import read_json, write_json
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     before = read_json(path) if path.exists() else {}
     part = f"{part}, {instructions()}"
-    write_json(path, before | {part: {**values, "machine": machine(), **machine.describe()}})
+    write_json(path, before | {part: {**values, "machine": machine(), **describe()}})
     print(f"written: {path}, {part}", flush=True)
 
 

@@ -8,38 +8,42 @@ alternatives get their images normalised beforehand; this project's step takes u
 import importlib
 import os
 from functools import cache, cached_property, partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import common  # noqa: F401  (finds imgcls and configs)
+import jax
 import networks
 import numpy as np
+import optax
 from ml_collections import ConfigDict
+
+from imgcls.config import default_config
+from imgcls.data.splits import Split
+from imgcls.experiment import Experiment, build_optimizer
+from imgcls.inference.classifier import Classifier
+from imgcls.run import machine
+from imgcls.state import count_parameters
 
 NETWORKS = ("cifar10", "cifar10_resnet18", "airbench94")
 CLASSES = 10
 
 
 def network_config(network: str, *, batch_size: int = 0, dtype: str = "") -> ConfigDict:
-    """The config of the network, its own batch size and dtype where none is given, without
-    augmentation or averages, under Nesterov SGD."""
+    """The config of the network, with its own batch size and dtype where none is given.
+
+    It trains by Nesterov SGD at a constant rate, without augmentation or averages.
+    """
     file = "cifar10" if network == "airbench94" else network
-    config = importlib.import_module(f"configs.{file}").get_config()
+    chosen = importlib.import_module(f"configs.{file}").get_config()
     if network == "airbench94":  # arXiv 2404.00498
-        config.model.update(widths=(64, 256, 256), convs_per_block=2, dense_widths=())
-        config.model.update(dropout_rate=0.0, whiten=True)
-        config.train.batch_size = 1000
-    config.model.dtype = dtype or config.model.dtype
-    for key in config.augment:
-        config.augment[key] = type(config.augment[key])(0)
-    config.data.alternate_flip = False
-    config.optim.update(name="sgd", learning_rate=0.01, momentum=0.9, ema_decay=0.0, clip_norm=0.0)
-    config.optim.schedule = "constant"
-    config.train.accumulate_steps = 1
-    config.train.early_epochs = 0.0
-    config.train.batch_size = batch_size or config.train.batch_size
-    config.data.validation = ""
+        chosen.model.widths = (64, 256, 256)
+        chosen.train.batch_size = 1000
+    config = default_config(chosen.model.name, optimizer="sgd")
+    config.update({part: chosen[part] for part in ("data", "task", "model", "eval")})
+    config.data.update(validation="", alternate_flip=False)
+    config.model.dtype = dtype or chosen.model.dtype
+    config.optim.update(learning_rate=0.01, schedule="constant")
+    config.optim.weight_decay = chosen.optim.weight_decay
+    config.train.batch_size = batch_size or chosen.train.batch_size
     return config
 
 
@@ -54,7 +58,7 @@ def normalized_batch(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     """The training batch as the network sees it, float32, and its smoothed labels float32[B, K]."""
     images, labels = random_images(config, config.train.batch_size)
     images = (images / np.float32(255) - np.float32(config.data.mean)) / np.float32(config.data.std)
-    smoothing = config.optim.label_smoothing
+    smoothing = config.task.label_smoothing
     return images, np.eye(CLASSES, dtype=np.float32)[labels] * (1 - smoothing) + smoothing / CLASSES
 
 
@@ -62,60 +66,47 @@ class Imgcls:
     """This project: the step that main.py compiles, on random images in memory."""
 
     def __init__(self, config: ConfigDict, examples: int = 0):
-        from imgcls import experiment
-        from imgcls.data.splits import Split
-        from imgcls.run import machine
-        from imgcls.state import count_parameters
-        from imgcls.train import _Run
-
         @cache
         def split(count: int) -> Split:
-            names = tuple(f"class {k}" for k in range(CLASSES))
             images, labels = random_images(config, count)
+            names = tuple(f"class {k}" for k in range(CLASSES))
             return Split("random", [images], labels, range(count), names)
 
         machine.start()
-        examples = examples or config.train.batch_size
-        experiment.open_splits = lambda config, *names: [split(examples)] * len(names)
-        self.split = split
-        self.run = _Run(config, Path(), SimpleNamespace(steps=list), None)
-        self.run._compile()
-        self.parameters = count_parameters(self.run.state.params)
-        self.batch = self.run._train_batch()
+        self._split = split
+        train = split(examples or config.train.batch_size)
+        self.experiment = Experiment(config, splits={"train": train})
+        self.state = self.experiment.compile_init()()
+        self.parameters = count_parameters(self.state.params)
+        self.batch = self.experiment.train_batch(0)
+
+    @cached_property
+    def _step(self) -> jax.stages.Compiled:
+        return self.experiment.compile_train_step(self.state)
 
     def train(self, count: int) -> None:
-        import jax
-
-        step = self.run.train_steps[False]
         for _ in range(count):
-            self.run.state, metrics = step(self.run.state, self.batch, self.run.rng)
+            self.state, metrics = self._step(self.state, self.batch, self.experiment.rng)
         jax.block_until_ready(metrics)
 
     @cached_property
-    def classifier(self) -> Any:
-        from imgcls.inference.classifier import Classifier
-
-        return Classifier(self.run.config, self.run.model, self.run.state, self.run.meta)
+    def _classifier(self) -> Classifier:
+        return Classifier(self.experiment, self.state, {})
 
     def evaluate(self, count: int) -> None:
-        self.classifier.logits(self.split(count))
+        self._classifier.logits(self._split(count))
 
 
 class PlainFlax:
     """Linen, optax and jax.jit as in Flax's own examples, with JAX's defaults."""
 
     def __init__(self, config: ConfigDict):
-        import jax
-        import optax
-
-        from imgcls import experiment
-
         model = networks.linen(networks.layers_of(config, CLASSES), config.model.dtype)
         images, labels = map(jax.device_put, normalized_batch(config))
-        tx = experiment.build_optimizer(config, lambda step: config.optim.learning_rate)
+        tx = build_optimizer(config, lambda step: config.optim.learning_rate)
         variables = dict(model.init(jax.random.key(0), images[:1], train=False))
         params = variables.pop("params")
-        self.parameters = sum(p.size for p in jax.tree.leaves(params))
+        self.parameters = count_parameters(params)
         self._state = (params, variables, tx.init(params), jax.random.key(1))
         self._batch = images, labels
 
@@ -151,7 +142,6 @@ class Keras:
 
     def __init__(self, config: ConfigDict):
         os.environ["KERAS_BACKEND"] = "jax"
-        import jax
         import keras
 
         keras.config.set_dtype_policy(

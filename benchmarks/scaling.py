@@ -15,21 +15,19 @@ from typing import Any
 
 import common
 
-# The network's widths, then the points. The narrow networks keep the dear ends affordable.
+# The network's widths, the points, and their axis. Narrow networks make large points affordable.
 SWEEPS = {
-    "batch_size": ((64, 256, 256), (8, 32, 128, 512, 2000)),
-    "image_size": ((16, 32, 64, 64), (32, 64, 96, 128, 160, 224)),
-    "examples": ((16, 32), (1000, 10_000, 50_000, 200_000)),
-    "devices": ((16, 32, 64), (1, 2, 4, 8)),
+    "batch_size": ((64, 256, 256), (8, 32, 128, 512, 2000), "batch size"),
+    "image_size": (
+        (16, 32, 64, 64),
+        (32, 64, 96, 128, 160, 224),
+        "image side (pixels)",
+    ),
+    "examples": ((16, 32), (1000, 10_000, 50_000, 200_000), "training images in memory"),
+    "devices": ((16, 32, 64), (1, 2, 4, 8), "simulated devices on the same cores"),
 }
 DEFAULTS = {"batch_size": 256, "image_size": 32, "examples": 0, "devices": 1}
 SECONDS = 8.0  # measured at each point, or three steps where they take longer
-LABELS = {
-    "batch_size": "batch size",
-    "image_size": "image height and width (pixels)",
-    "examples": "training images in memory",
-    "devices": "simulated devices on the same cores",
-}
 
 
 def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dict[str, Any]:
@@ -44,19 +42,19 @@ def measure_point(widths: tuple[int, ...], batch_size: int, **point: Any) -> dic
     config.data.image_size = (point["image_size"],) * 2
     if point["sweep"] == "devices":
         config.model.cpu_kernels = "off"
-    ours = Imgcls(config, max(point["examples"], batch_size))
-    run, steps = ours.run, 0
+    examples = max(point["examples"], batch_size)
+    ours = Imgcls(config, examples)
     ours.train(1)
-    started = time.perf_counter()
+    started, steps = time.perf_counter(), 0
     while steps < 3 or time.perf_counter() - started < SECONDS:
         if point["examples"]:  # from the split, in the order of the run
-            ours.batch, run.step = run._train_batch(), run.step + 1
+            ours.batch = ours.experiment.train_batch(steps)
         ours.train(1)
         steps += 1
     return {
         "images_per_second": batch_size * steps / (time.perf_counter() - started),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "data_mib": run.splits["train"].parts[0].nbytes / 2**20,
+        "data_mib": examples * point["image_size"] ** 2 * config.data.channels / 2**20,
     }
 
 
@@ -82,7 +80,7 @@ def plot(sweep: str, points: list[dict[str, Any]]) -> None:
         axes.minorticks_off()
         if axes.get_yscale() == "linear":
             axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.set_xlabel(LABELS[sweep])
+        axes.set_xlabel(SWEEPS[sweep][2])
         axes.grid(alpha=0.3)
     common.RESULTS.mkdir(exist_ok=True)
     figure.savefig(common.RESULTS / f"scaling_{sweep}.png", dpi=100)
@@ -97,7 +95,7 @@ def main() -> None:
     if arguments.serve:
         return common.serve(lambda: ({}, measure_point))
     for sweep in arguments.sweep:
-        widths, values = SWEEPS[sweep]
+        widths, values, _ = SWEEPS[sweep]
         points = []
         for value in values[:2] if arguments.quick else values:
             # Four times the pixels, a quarter of the images.

@@ -101,7 +101,7 @@ def main() -> None:
             for cache in starts:
                 starts[cache].append(start(folder, *flags))
         settings = ("data.train=train[:10%]", "train.batch_size=500", "train.log_every_steps=5")
-        settings += (f"train.epochs={arguments.epochs}", "train.early_epochs=0.0")
+        settings += (f"train.epochs={arguments.epochs}", "train.small_epochs=0.0")
         peaks = memory(folder, flags[0], *(f"--config.{setting}" for setting in settings), *more)
     medians = {
         cache: {key: statistics.median(run[key] for run in runs) for key in first}

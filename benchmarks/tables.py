@@ -91,16 +91,21 @@ def train_step() -> str:
 
 def around_the_step() -> str:
     """Evaluation, an epoch, a start, memory and augmentation: what runs around the bare step."""
+
+    def parts(name: str) -> list[tuple[str, dict[str, Any]]]:
+        return [(machine, part) for what, machine, part in _parts(name) if what == "cifar10"]
+
     columns = {"evaluation / PyTorch (aim 1.0)": {}, "bare steps / epoch (aim 0.95)": {}}
     evaluation, epoch = columns.values()
-    for _, machine, part in _parts("evaluation"):
-        evaluation[machine] = f"{part['ratios']['float32, against PyTorch float32']:.2f}"
-    for _, machine, part in _parts("epoch"):
+    for machine, part in parts("evaluation"):
+        if ratio := part["ratios"].get("float32, against PyTorch float32"):
+            evaluation[machine] = f"{ratio:.2f}"
+    for machine, part in parts("epoch"):
         epoch[machine] = f"{part['ratio']:.2f}"
     cold = columns.setdefault("cold start less compilation (aim 8 s)", {})
     warm = columns.setdefault("warm start (aim 6 s)", {})
     memory = columns.setdefault("peak memory (aim 3 GiB); in epochs 2, 3, 4", {})
-    for _, machine, part in _parts("startup"):
+    for machine, part in parts("startup"):
         medians, peaks = part["medians"], part["peak_mib"]
         seconds, compilation = (
             medians["cold"][key] for key in ("begins_without_compilation", "compilation")
@@ -111,7 +116,7 @@ def around_the_step() -> str:
         memory[machine] = f"{max(peaks.values()) / 1024:.1f} GiB; {later} MiB"
     for name, aim in (("flip, translate, cutout", "3%"), ("rotate, zoom", "15%")):
         cost = columns.setdefault(f"{name} (aim {aim})", {})
-        for _, machine, part in _parts("augmentation"):
+        for machine, part in parts("augmentation"):
             low, median, high = _costs(part["seconds"][name], part["seconds"]["none"])
             cost[machine] = f"{median:+.1%} ({low:+.0%} to {high:+.0%})"
     machines = dict.fromkeys(machine for column in columns.values() for machine in column)

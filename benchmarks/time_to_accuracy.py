@@ -5,7 +5,7 @@
     python benchmarks/time_to_accuracy.py --config=configs/cifar10.py --collect runs/a runs/b ...
 
 The second form summarises runs that are finished. README.md's table is made of the output files:
-run `python benchmarks/readme_table.py` afterwards.
+run `python benchmarks/tables.py` afterwards.
 """
 
 import statistics
@@ -87,16 +87,13 @@ def student_interval(values: list[float]) -> list[float]:
 
 def _read(workdir: Path) -> dict[str, Any]:
     config, results = read_json(workdir / "config.json"), read_json(workdir / "results.json")
-    command = workdir / COMMAND
-    command = read_json(command) if command.exists() else {"seconds": None, "machine": None}
-    row = {"seed": config.pop("seed"), "command_seconds": command["seconds"]}
+    command = read_json(workdir / COMMAND) if (workdir / COMMAND).exists() else {}
+    row = {"seed": config.pop("seed"), "command_seconds": command.get("seconds")}
     keys = ("top1", "top1_interval", "examples", "loss", "seconds", "images_per_second")
-    row |= {key: results[key] for key in keys}
-    if "test_time_augmentation" in results:
-        row["test_time_augmentation"] = results["test_time_augmentation"]
+    row |= {key: results[key] for key in (*keys, "test_time_augmentation") if key in results}
     config["data"].pop("dir", None)  # where this machine keeps the data
     shared = {key: results[key] for key in ("device", "versions", "git_commit")}
-    return {"config": config, "row": row, "machine": command["machine"], **shared}
+    return {"config": config, "row": row, "machine": command.get("machine"), **shared}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 Test top-1 94.12%, the mean of three seeds (94.06, 93.98, 94.32; 95% interval of the mean: 93.68 to
 94.56), in float32, of three commits: 5618 s for the whole command on 2 cores of an AMD EPYC (AVX2),
 4324 and 4480 s on those of an Intel Xeon (AVX-512), with other work beside them
-(benchmarks/README.md). Training accuracy was 98%. It trains on all of `train` and validates on
+(docs/recipes.md). Training accuracy was 98%. It trains on all of `train` and validates on
 nothing: its recipe was put together from what paid on validation splits, its widths from test
 figures of single runs, and was not tuned as a whole.
 """

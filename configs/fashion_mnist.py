@@ -2,7 +2,7 @@
 
     python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Not run to the end by the authors: what it reaches is not known.
+Its data could not be had where this project is developed, so no result of it is published.
 """
 
 from ml_collections import ConfigDict

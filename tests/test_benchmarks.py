@@ -195,10 +195,37 @@ def test_the_alternatives_are_given_the_projects_own_network(network):
 
 
 def test_no_figure_of_bfloat16_is_one_of_float32(monkeypatch):
-    monkeypatch.setattr(experiment, "compute_dtype", lambda config: "float32")
-    arguments = Namespace(serve="imgcls-bfloat16", network=["cifar10"], batch_size=0)
-    with pytest.raises(NotImplementedError, match="bfloat16 is not fast on this CPU"):
-        train_step.work(arguments)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # without bfloat16
+    flags = ["--serve=imgcls-bfloat16", "--network=cifar10", "--batch_size=2", "--steps=1"]
+    worker = common.Worker(ROOT / train_step.PROGRAM, flags)
+    assert worker.hello == {"error": "NotImplementedError: bfloat16 is not fast on this CPU"}
+    worker.close()
+
+
+def test_a_baseline_is_the_step_that_another_checkout_serves(tmp_path):
+    program = tmp_path / train_step.PROGRAM
+    program.parent.mkdir()
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import common\n"
+        "assert {'--serve=imgcls-float32', '--measure=train', '--steps=2'} <= {*sys.argv}\n"
+        "common.serve(lambda: ({'parameters': 7}, lambda count: {'seconds': 0.5 * count}))"
+    )
+    arguments = Namespace(contenders=["baseline-float32"], baseline=tmp_path, measure="train")
+    arguments.batch_size, arguments.steps, arguments.repetitions = 16, 2, 3
+    measured = train_step.measure("cifar10", arguments)
+    assert measured["images_per_second"] == {"baseline-float32": 32.0}
+    assert (measured["parameters"], measured["absent"]) == (7, {})
+
+
+def test_imgcls_does_the_steps_and_evaluates_the_images_that_it_is_asked_for():
+    config = small_config(model__cpu_kernels="off", data__validation="")
+    ours = contenders.Imgcls(config, examples=80)
+    ours.train(2)
+    assert int(ours.state.step) == 2
+    ours.batch = ours.experiment.train_batch(1)
+    ours.train(1)
+    assert int(ours.state.step) == 3
+    ours.evaluate(50)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from imgcls.config import validate
+from imgcls.config import default_config, validate
 from tests.helpers import ROOT, as_users
 
 nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
@@ -65,7 +65,7 @@ def test_the_code_uses_the_package_and_repeats_none_of_it(notebook):
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "mnist", "fashion_mnist"])
 def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(notebook, dataset):
     get_config = importlib.import_module(f"configs.{dataset}").get_config
-    names = {"get_config": get_config, "config": get_config()}
+    names = {"get_config": get_config, "config": get_config(), "default_config": default_config}
     checked = []
     names["run"] = lambda config, name: checked.append(validate(config))
     for cell in code_cells(notebook):

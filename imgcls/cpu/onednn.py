@@ -263,7 +263,7 @@ def _suits_winograd(conv: Convolution) -> bool:
 
     It needs a quarter of the multiplications, but copies images to blocks of 16 channels and back,
     transforms them and the kernel, and computes whole tiles of 4x4 pixels. So it takes many
-    channels, many tiles, and tiles that the images fill (measured: benchmarks/README.md). Padded
+    channels, many tiles, and tiles that the images fill (measured: docs/cpu.md). Padded
     on one side alone, its input gradient is wrong (oneDNN 3.1): only "SAME" is left to it.
     """
     images, height, width, _ = conv.y
@@ -287,7 +287,7 @@ def _turns(kind: str, conv: Convolution) -> bool:
 
     With 16 channels it made no difference. On larger images it was slower, and with larger
     gradients, which have to stay in the cache: every channel of x reads them anew
-    (benchmarks/README.md). With AVX-512, where oneDNN has its newer kernels for weight gradients,
+    (docs/cpu.md). With AVX-512, where oneDNN has its newer kernels for weight gradients,
     too, it was not tried.
     """
     instructions = _runtime().library.dnnl_get_effective_cpu_isa()

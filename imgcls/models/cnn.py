@@ -159,7 +159,7 @@ def _head(model: CNN | MLP, x: jax.Array, *, train: bool, small_logits: bool = F
     for width in model.dense_widths:
         x = model.act(nn.Dense(width, dtype=model.dtype)(dropout()(x)))
     x = dropout()(x).astype(jnp.float32)
-    # Near zero, as in airbench94_muon: without it, its SGD was far behind (benchmarks/README.md).
+    # Near zero, as in airbench94_muon: without it, its SGD was far behind (docs/recipes.md).
     small = nn.initializers.normal(1 / x.shape[-1])
     kernel_init = small if small_logits else nn.initializers.lecun_normal()
     return nn.Dense(model.num_classes, kernel_init=kernel_init)(x)
