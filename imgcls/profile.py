@@ -20,9 +20,10 @@ from imgcls.experiment import Experiment, load_config
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say
+from imgcls.run.processes import Agreement
 from imgcls.run.signals import StopSignal
 from imgcls.run.workdir import claim
-from imgcls.train import start_or_resume
+from imgcls.train import Run, start_or_resume
 
 SHOWN = 15
 VIEWERS = """\
@@ -43,9 +44,10 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
     """
     machine.start()
     config = load_config(workdir)
-    with StopSignal(), claim(workdir):
+    with StopSignal() as stop, claim(workdir):
         exp = Experiment(config, test=False)
-        state, _ = start_or_resume(exp, Checkpoints(workdir / "checkpoints"), workdir)
+        run = Run(exp, workdir, Checkpoints(workdir / "checkpoints"), Agreement(stop, delay=0))
+        state, _ = start_or_resume(run)
         step = int(state.step)
         train_step = exp.compile_train_step(state, small=step < exp.small_steps)
         batch = exp.train_batch(step)

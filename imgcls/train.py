@@ -5,11 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from imgcls import config as configs
 from imgcls.data.splits import Split
@@ -26,7 +27,6 @@ from imgcls.run.logs import (
     MetricWindow,
     MetricWriter,
     add_sums,
-    figures_of,
     image_grid,
     mean_metrics,
     progress,
@@ -40,6 +40,24 @@ from imgcls.task import Task
 
 STEPS_AHEAD = 2  # batches given to the device before the first of them is waited for
 Callback = Callable[[dict[str, Any]], bool | None]
+
+
+class Run(NamedTuple):
+    """What every phase of a run needs."""
+
+    exp: Experiment
+    workdir: Path
+    checkpoints: Checkpoints
+    stop_agreed: Agreement
+
+
+class Log(NamedTuple):
+    """What a session writes and shows of its training."""
+
+    writer: MetricWriter
+    window: MetricWindow
+    clock: Clock
+    bar: tqdm
 
 
 def train_and_evaluate(
@@ -78,22 +96,19 @@ def train_and_evaluate(
         if checkpoints.steps():
             configs.check_resumable(load_config(workdir), config, workdir)
         exp = Experiment(config, task=task, splits=splits, test=test)
-        state, meta = start_or_resume(exp, checkpoints, workdir)
+        run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))
+        state, meta = start_or_resume(run)
         report = workdir / "report.html"  # written last
         if int(state.step) == exp.total_steps and (report.exists() or not test):
             say(f"already finished, nothing to do: see {workdir / 'results.json'}")
             return state
-        last_step = min(until_epoch or config.train.epochs, config.train.epochs)
-        last_step *= exp.steps_per_epoch
+        epochs = min(until_epoch or config.train.epochs, config.train.epochs)
         try:
             report.unlink(missing_ok=True)  # left by a run of fewer epochs
             write_json(workdir / "config.json", configs.to_json(config))
-            stop_agreed = Agreement(stop, delay=STEPS_AHEAD)
-            state, meta = train(
-                exp, state, meta, checkpoints, workdir, stop_agreed, callback, last_step
-            )
+            state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
             if test and int(state.step) == exp.total_steps:
-                open_test(exp, state, meta, checkpoints, workdir, stop_agreed)
+                open_test(run, state, meta)
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
                 f"{workdir} cannot be written ({error.strerror}); saved checkpoints are intact: "
@@ -103,10 +118,9 @@ def train_and_evaluate(
         return state
 
 
-def start_or_resume(
-    exp: Experiment, checkpoints: Checkpoints, workdir: Path
-) -> tuple[TrainState, dict[str, Any]]:
+def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
     """The first or the last saved state, and `meta`: what is saved with it, in JSON types."""
+    exp = run.exp
     splits = interruptibly(lambda: exp.splits)
     for name, split in splits.items():
         say(f"{name}: {len(split)} examples, {exp.config.data.name} {split.name}")
@@ -125,13 +139,13 @@ def start_or_resume(
         "bad_steps": [],
     }
     signals.poll()
-    resumed = bool(checkpoints.steps())
+    resumed = bool(run.checkpoints.steps())
     if resumed:
-        state, saved = checkpoints.restore_latest(exp.state_target())
+        state, saved = run.checkpoints.restore_latest(exp.state_target())
         for key in ("class_names", "train_examples"):
             if saved[key] != meta[key]:
                 raise UserError(
-                    f"the data changed since {workdir} was started ({key}: {saved[key]} then, "
+                    f"the data changed since {run.workdir} was started ({key}: {saved[key]} then, "
                     f"{meta[key]} now): restore it, or use another --workdir"
                 )
         exp.keep_ops(saved["cpu_kernels"])
@@ -139,8 +153,7 @@ def start_or_resume(
         machine.check_reproducible(saved.get("bits", {}), bits)
         meta = saved | {"cpu_kernels": sorted(exp.ops), "bits": bits}
     else:
-        create = interruptibly(exp.compile_init)
-        state = interruptibly(create)
+        state = interruptibly(interruptibly(exp.compile_init))
     dtype, wanted = exp.model.dtype.name, exp.config.model.dtype
     if dtype != wanted:
         dtype += f" (no fast {wanted} on this CPU)"
@@ -154,19 +167,13 @@ def start_or_resume(
 
 
 def train(
-    exp: Experiment,
-    state: TrainState,
-    meta: dict[str, Any],
-    checkpoints: Checkpoints,
-    workdir: Path,
-    stop_agreed: Agreement,
-    callback: Callback,
-    last_step: int,
+    run: Run, state: TrainState, meta: dict[str, Any], callback: Callback, last_step: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """From the step of `state` to `last_step`, or to the step at which the callback returns True.
 
     Between two steps it logs, validates, saves and stops.
     """
+    exp, workdir, checkpoints, stop_agreed = run
     c, step = exp.config.train, int(state.step)
     saved_step = step if checkpoints.steps() else -1
 
@@ -178,39 +185,31 @@ def train(
     if step >= last_step and not validation_due():
         return state, meta
     train_step, eval_step = compile_steps(exp, state)
-    writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
-    window = MetricWindow(meta["sums"], meta["bad_steps"])
-    clock = Clock(meta["seconds"], meta["train_seconds"])
     with progress(exp.total_steps, "training", "steps", initial=step) as bar:
-
-        def log(split: str, sums: dict[str, float], rate: float) -> dict[str, Any]:
-            updates = step - len(window.bad_steps)
-            row = make_row(exp, step, updates, split, sums, rate, clock.seconds)
-            writer.write(row)
-            say_row(row, exp, bar, clock.train_seconds)
-            return row
-
+        writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
+        window = MetricWindow(meta["sums"], meta["bad_steps"])
+        clock = Clock(meta["seconds"], meta["train_seconds"])
+        log = Log(writer, window, clock, bar)
         stop = enough = False
         while True:
             validated = None
             if clock.steps and (step % c.log_every_steps == 0 or step == exp.total_steps):
-                sums = check_finite(exp, window, workdir)
-                enough = callback(log("train", sums, clock.steps_per_second() * c.batch_size))
+                sums, rate = check_finite(run, window), clock.steps_per_second() * c.batch_size
+                enough = callback(log_row(exp, log, step, "train", sums, rate))
                 window.clear()
             if validation_due():
-                check_finite(exp, window, workdir)
+                check_finite(run, window)
                 clock.lap()
-                sums = validate(exp, eval_step, state, stop_agreed)
+                sums = validate(run, eval_step, state)
                 if sums is not None:  # else a stop signal came first
-                    row = log("validation", sums, sums["count"] / clock.pause())
-                    validated = mean_metrics(sums)
-                    enough = callback(row) or enough
+                    rate, validated = sums["count"] / clock.pause(), mean_metrics(sums)
+                    enough = callback(log_row(exp, log, step, "validation", sums, rate)) or enough
             stop = stop_agreed()
             enough = enough or step >= last_step
             epoch, rest = divmod(step, exp.steps_per_epoch)
             save = rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0
             if (validated or save or stop or enough) and step > saved_step:
-                meta |= {"sums": check_finite(exp, window, workdir), "bad_steps": window.bad_steps}
+                meta |= {"sums": check_finite(run, window), "bad_steps": window.bad_steps}
                 clock.lap()
                 meta |= {"seconds": clock.seconds, "train_seconds": clock.train_seconds}
                 checkpoints.save(step, state, meta)
@@ -222,7 +221,7 @@ def train(
                 break
             state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)
             if step == 0 and is_main():
-                write_samples(exp, workdir, writer)  # while the device computes
+                write_samples(run, writer)  # while the device computes
             step, clock.steps = step + 1, clock.steps + 1
             window.add(step, metrics)
             window.wait(ahead=STEPS_AHEAD)
@@ -265,69 +264,63 @@ def compile_steps(
 
 
 def validate(
-    exp: Experiment, eval_step: jax.stages.Compiled, state: TrainState, stop_agreed: Agreement
+    run: Run, eval_step: jax.stages.Compiled, state: TrainState
 ) -> dict[str, float] | None:
     """Sums over the validation split; None where a stop signal came first."""
     sums: dict[str, float] = {}
-    for batch in exp.eval_batches("validation"):
+    for batch in run.exp.eval_batches("validation"):
         add_sums(sums, jax.device_get(eval_step(state, batch)))
-        if stop_agreed():
+        if run.stop_agreed():
             return None
     return sums
 
 
-def make_row(
-    exp: Experiment,
-    step: int,
-    updates: int,
-    split: str,
-    sums: dict[str, float],
-    rate: float,
-    seconds: float,
+def log_row(
+    exp: Experiment, log: Log, step: int, split: str, sums: dict[str, float], rate: float
 ) -> dict[str, Any]:
-    """A row of metrics.jsonl. `updates` are the steps that changed the parameters."""
-    return {
+    """Writes the means of `sums` to metrics.jsonl and shows them. Returns the row."""
+    means, updates = mean_metrics(sums), step - len(log.window.bad_steps)
+    row = {
         "step": step,
         "epoch": round(step / exp.steps_per_epoch, 4),
         "split": split,
-        **mean_metrics(sums),
+        **means,
         "learning_rate": float(exp.schedule(max(updates - 1, 0))),
         "images_per_second": round(rate, 1),
-        "seconds": round(seconds, 3),
+        "seconds": round(log.clock.seconds, 3),
     }
-
-
-def say_row(row: dict[str, Any], exp: Experiment, bar: Any, train_seconds: float) -> None:
-    figures = "  ".join(f"{name} {row[name]:.4f}" for name in figures_of(row))
+    log.writer.write(row)
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     text = (
-        f"epoch {row['epoch']:.2f}/{exp.config.train.epochs}  {row['split']:10s}  {figures}  "
-        f"lr {row['learning_rate']:.3g}  {row['images_per_second']:.0f} images/s"
+        f"epoch {row['epoch']:.2f}/{exp.config.train.epochs}  {split:10s}  {figures}  "
+        f"lr {row['learning_rate']:.3g}  {rate:.0f} images/s"
     )
-    if bar.disable:
-        left = (exp.total_steps - row["step"]) * train_seconds / row["step"]
-        say(f"step {row['step']}  {text}  {left:.0f} s left")
-    elif row["split"] == "train":
-        bar.set_description(text)
+    if log.bar.disable:
+        left = (exp.total_steps - step) * log.clock.train_seconds / step
+        say(f"step {step}  {text}  {left:.0f} s left")
+    elif split == "train":
+        log.bar.set_description(text)
     else:
         say(text)
+    return row
 
 
-def write_samples(exp: Experiment, workdir: Path, writer: MetricWriter) -> None:
-    images = np.asarray(exp.augmented_images()[:64])
+def write_samples(run: Run, writer: MetricWriter) -> None:
+    images = np.asarray(run.exp.augmented_images()[:64])
     images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
-    with files.replacing(workdir / SAMPLES) as file:
+    with files.replacing(run.workdir / SAMPLES) as file:
         np.save(file, images)
     writer.image("train/augmented", image_grid(images), 0)
 
 
-def check_finite(exp: Experiment, window: MetricWindow, workdir: Path) -> dict[str, float]:
+def check_finite(run: Run, window: MetricWindow) -> dict[str, float]:
     """The window's sums; raises DivergedError so that nothing past a bad step is kept."""
-    sums, allowed, bad = window.fetch(), exp.config.train.max_bad_steps, window.bad_steps
+    sums, bad = window.fetch(), window.bad_steps
+    allowed = run.exp.config.train.max_bad_steps
     if len(bad) <= allowed:
         return sums
-    step = bad[allowed]
-    ids = [exp.splits["train"].ids[i] for i in exp.order[step - 1]]
-    path = workdir / "diverged.json"
+    step, path = bad[allowed], run.workdir / "diverged.json"
+    ids = [run.exp.splits["train"].ids[i] for i in run.exp.order[step - 1]]
     write_json(path, {"step": step, "bad_steps": bad, "ids": ids})
     raise DivergedError(
         f"loss or gradient is not finite in step {step}, with examples {', '.join(ids[:3])}, "
@@ -336,29 +329,22 @@ def check_finite(exp: Experiment, window: MetricWindow, workdir: Path) -> dict[s
     )
 
 
-def open_test(
-    exp: Experiment,
-    state: TrainState,
-    meta: dict[str, Any],
-    checkpoints: Checkpoints,
-    workdir: Path,
-    stop_agreed: Agreement,
-) -> None:
+def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
     """Evaluates on the test split, once."""
-    checkpoint = exp.config.eval.checkpoint
+    checkpoint = run.exp.config.eval.checkpoint
     if checkpoint == "best":
-        checkpoints.wait()
-        state, meta = checkpoints.restore("best", exp.state_target())
+        run.checkpoints.wait()
+        state, meta = run.checkpoints.restore("best", run.exp.state_target())
 
     def poll() -> None:
-        if stop_agreed():
-            checkpoints.wait()
-            raise stop_agreed.stopped("training is saved; the same command evaluates")
+        if run.stop_agreed():
+            run.checkpoints.wait()
+            raise run.stop_agreed.stopped("training is saved; the same command evaluates")
 
     evaluate(
-        Classifier(exp, state, meta),
-        {name: split for name, split in exp.splits.items() if name != "train"},
-        workdir,
+        Classifier(run.exp, state, meta),
+        {name: split for name, split in run.exp.splits.items() if name != "train"},
+        run.workdir,
         split="test",
         checkpoint=checkpoint,
         poll=poll,

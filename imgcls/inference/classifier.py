@@ -107,9 +107,9 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     machine.start()
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step = str(checkpoints.find(checkpoint or config.eval.checkpoint))
-    meta = checkpoints.read_meta(step)
+    which = checkpoint or config.eval.checkpoint
+    meta = checkpoints.read_meta(which)
     experiment = Experiment(config, class_names=meta["class_names"])
     experiment.keep_ops(meta["cpu_kernels"])
-    state, meta = checkpoints.restore(step, experiment.state_target())
+    state, meta = checkpoints.restore(which, experiment.state_target())
     return Classifier(experiment, state, meta)
