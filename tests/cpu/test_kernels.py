@@ -19,10 +19,8 @@ from imgcls import cpu
 from imgcls.cpu import conv, ffi, layers, onednn
 from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 
-try:
-    importlib.metadata.version(onednn.DISTRIBUTION)
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip(f"{onednn.DISTRIBUTION} is not installed", allow_module_level=True)
+MISSING = not any(importlib.metadata.distributions(name=onednn.DISTRIBUTION))
+pytestmark = pytest.mark.skipif(MISSING, reason=f"{onednn.DISTRIBUTION} is not installed")
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Relative to the largest value: float32 sums in another order; bfloat16 has 8 bits.

@@ -9,8 +9,10 @@ import pytest
 
 from imgcls import cpu
 from imgcls.cpu import conv, onednn
-from tests.cpu.test_kernels import assert_close, convolve, lax_convolve, normal, pull
+from tests.cpu.test_kernels import MISSING, assert_close, convolve, lax_convolve, normal, pull
 
+if MISSING:
+    pytest.skip(f"{onednn.DISTRIBUTION} is not installed", allow_module_level=True)
 HAS_WINOGRAD = bool(onednn._runtime().library.dnnl_get_effective_cpu_isa() & onednn.AVX512_CORE)
 WINDOW = (1, 1), ((1, 1), (1, 1))  # strides, padding
 BASE = onednn.Convolution((2, 4, 4, 4), (3, 3, 4, 4), (2, 4, 4, 4), *WINDOW, "float32")
