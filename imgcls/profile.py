@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imgcls.errors import UserError
 from imgcls.experiment import Experiment, load_config
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
@@ -26,9 +25,6 @@ from imgcls.run.workdir import claim
 from imgcls.train import Run, start_or_resume
 
 SHOWN = 15
-VIEWERS = """\
-look at it with    tensorboard --logdir={0}    (pip install tensorboard xprof)
-or open            {1}    in https://ui.perfetto.dev"""
 
 
 def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
@@ -64,7 +60,8 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
     say(f"a step takes {milliseconds:.1f} ms while it is traced; of that, in operations:")
     for name, source, spent in operations[:SHOWN]:
         say(f"{spent:10.2f} ms {spent / milliseconds:6.1%}  {name:32s} {source[-80:]}")
-    say(VIEWERS.format(workdir / "profile", folder / "perfetto_trace.json.gz"))
+    say(f"look at it with tensorboard --logdir={workdir}/profile (pip install tensorboard xprof)")
+    say(f"or open {folder}/perfetto_trace.json.gz in https://ui.perfetto.dev")
     return operations
 
 
@@ -73,21 +70,19 @@ def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, 
     sources = dict(re.findall(r'%([\w.-]+) = .* metadata=\{.*?op_name="([^"]*)"', program))
     module = re.match(r"HloModule (\w+)", program)[1]
     spent: Counter[str] = Counter()
-    for path in folder.glob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for event in (event for line in plane.lines for event in line.events):
-                stats = dict(event.stats)
-                if "hlo_op" in stats and stats.get("hlo_module") == module:
-                    spent[stats["hlo_op"]] += event.duration_ns / 1e6 / steps
+    (path,) = folder.glob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            if "hlo_op" in stats and stats.get("hlo_module") == module:
+                spent[stats["hlo_op"]] += event.duration_ns / 1e6 / steps
     # Every path begins with the step's own jit.
     return [(name, sources.get(name, "").partition("/")[2], t) for name, t in spent.most_common()]
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("steps", 5, "How many training steps to trace.")
+    flags.DEFINE_integer("steps", 5, "How many training steps to trace.", 1)
 
 
 def main(_: list[str]) -> None:
-    if flags.FLAGS.steps < 1:
-        raise UserError(f"--steps={flags.FLAGS.steps} must be at least 1")
     profile(cli.required_workdir(), steps=flags.FLAGS.steps)

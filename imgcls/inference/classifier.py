@@ -1,11 +1,12 @@
 """A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from imgcls.data.images import fit_image
 from imgcls.data.order import eval_order
@@ -16,12 +17,6 @@ from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import progress
 from imgcls.state import TrainState
-
-Views = Callable[[np.ndarray], list[np.ndarray]]
-
-
-def _one_view(images: np.ndarray) -> list[np.ndarray]:
-    return [images]
 
 
 class Classifier:
@@ -50,17 +45,20 @@ class Classifier:
         fitted = np.empty((len(images), *size, c.channels), np.uint8)
         for i, image in enumerate(map(np.asarray, images)):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != c.channels:
-                raise ValueError(
-                    f"an image must be uint8[h, w, {c.channels}], not {image.dtype}{image.shape}"
-                )
+                expected = f"uint8[h, w, {c.channels}]"
+                raise ValueError(f"an image must be {expected}, not {image.dtype}{image.shape}")
             fitted[i] = fit_image(image, image_size=size, resize=c.resize)
-        zeros = np.zeros(len(fitted), np.int32)
-        split = Split("images", [fitted], zeros, range(len(fitted)), self.class_names)
-        rows = [np.zeros((0, len(self.class_names)), np.float32), *self._batches(split)]
-        return np.asarray(self.experiment.task.probabilities(np.concatenate(rows)))
+        labels = np.zeros(len(fitted), np.int32)
+        split = Split("images", [fitted], labels, range(len(fitted)), self.class_names)
+        return np.asarray(self.experiment.task.probabilities(self.logits(split, quiet=True)))
 
     def logits(
-        self, split: Split, *, views: Views = _one_view, poll: Callable[[], None] = lambda: None
+        self,
+        split: Split,
+        *,
+        views: Callable[[np.ndarray], list[np.ndarray]] = lambda images: [images],
+        poll: Callable[[], None] = lambda: None,
+        quiet: bool = False,
     ) -> np.ndarray:
         """Logits float32[N, K] of a split's examples, in order.
 
@@ -68,17 +66,9 @@ class Classifier:
             split: what to evaluate.
             views: uint8[B, H, W, C] -> several such views of the images, whose logits are averaged.
             poll: called before each batch; may raise to stop.
+            quiet: show no progress.
         """
-        rows = []
-        with progress(len(split), f"evaluating {split.name}", "images") as bar:
-            for logits in self._batches(split, views, poll):
-                rows.append(logits)
-                bar.update(len(logits))
-        return np.concatenate(rows)
 
-    def _batches(
-        self, split: Split, views: Views = _one_view, poll: Callable[[], None] = lambda: None
-    ) -> Iterator[np.ndarray]:
         def read(indices: np.ndarray) -> dict[int, np.ndarray]:
             return dict(enumerate(views(split.read(indices)["image"])))
 
@@ -86,11 +76,16 @@ class Classifier:
         devices = jax.device_count()
         enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
         batch_size = min(self.experiment.eval_batch_size, enough)
-        for indices in eval_order(len(split), batch_size=batch_size):
-            poll()
-            images = put_batch(read, indices, self.experiment.mesh).values()
-            logits = [np.asarray(self._predict(self.state, view)) for view in images]
-            yield (sum(logits) / len(logits))[: int((indices >= 0).sum())]
+        rows = [np.zeros((0, len(self.class_names)), np.float32)]
+        shown = (len(split), f"evaluating {split.name}", "images")
+        with tqdm(disable=True) if quiet else progress(*shown) as bar:
+            for indices in eval_order(len(split), batch_size=batch_size):
+                poll()
+                images = put_batch(read, indices, self.experiment.mesh).values()
+                logits = [np.asarray(self._predict(self.state, view)) for view in images]
+                rows.append((sum(logits) / len(logits))[: int((indices >= 0).sum())])
+                bar.update(len(rows[-1]))
+        return np.concatenate(rows)
 
 
 def load(workdir: str | Path, checkpoint: str = "") -> Classifier:

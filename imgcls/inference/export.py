@@ -16,7 +16,6 @@ does not count as an evaluation of the test split. Probabilities that differ by 
 an error (exit code 1), and the file is not kept.
 """
 
-import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -30,10 +29,10 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from imgcls import experiment
 from imgcls.config import to_json
 from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
+from imgcls.experiment import build_model, open_splits
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli
 from imgcls.run.files import replacing
@@ -49,19 +48,18 @@ class FloatModel:
 
     def __init__(self, classifier: Classifier):
         self.config, self.class_names = classifier.config, classifier.class_names
-        config = copy.deepcopy(classifier.config)
-        config.model.dtype = "float32"
-        self._model = experiment.build_model(config, len(self.class_names))
-        self._preprocess = classifier.experiment.preprocess
-        self._task = classifier.experiment.task
+        self._experiment = classifier.experiment
+        self._model = build_model(self.config, len(self.class_names)).clone(dtype=np.float32)
         self.variables = jax.device_get(classifier.state.eval_variables)
-        shape = ", ".join(map(str, ("n", *config.data.image_size, config.data.channels)))
-        self.images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), np.uint8)
+        shape = ("n", *self.config.data.image_size, self.config.data.channels)
+        shape = jax.export.symbolic_shape(", ".join(map(str, shape)))
+        self.images = jax.ShapeDtypeStruct(shape, np.uint8)
 
     def apply(self, variables: Any, images: jax.Array) -> jax.Array:
         """Probabilities float32[N, K] of images uint8[N, H, W, C]."""
-        logits = self._model.apply(variables, self._preprocess(images), train=False)
-        return self._task.probabilities(logits)
+        images = self._experiment.preprocess(images)
+        logits = self._model.apply(variables, images, train=False)
+        return self._experiment.task.probabilities(logits)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.apply(self.variables, images)
@@ -93,10 +91,8 @@ def load_onnx(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
 
 
 def to_safetensors(model: FloatModel) -> bytes:
-    metadata = {
-        "config": json.dumps(to_json(model.config)),
-        "class_names": json.dumps(model.class_names),
-    }
+    metadata = {"config": to_json(model.config), "class_names": model.class_names}
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
     return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)
 
 
@@ -129,19 +125,16 @@ def export(classifier: Classifier, test: Split, path: Path, *, file_format: str)
     write, read = FORMATS[file_format]
     model = FloatModel(classifier)
     batch = test.read(np.arange(min(EXAMPLES, len(test))))
-    images, labels = batch["image"], batch["label"]
-    starts = range(0, len(images), BATCH_SIZE)
+    batches = np.split(batch["image"], range(BATCH_SIZE, len(batch["image"]), BATCH_SIZE))
     # By default TPUs, and some GPUs, round the factors of float32 products to fewer bits.
     with jax.default_matmul_precision("float32"):
         path.write_bytes(write(model))
-        theirs, ours = (
-            np.concatenate([function(images[i : i + BATCH_SIZE]) for i in starts])
-            for function in (read(path, model), jax.jit(model))
-        )
+        functions = (read(path, model), jax.jit(model))
+        theirs, ours = (np.concatenate([*map(function, batches)]) for function in functions)
     difference = np.abs(theirs - ours).max()
-    accuracy, expected = ((p.argmax(1) == labels).mean() for p in (theirs, ours))
+    accuracy, expected = ((p.argmax(1) == batch["label"]).mean() for p in (theirs, ours))
     found = (
-        f"accuracy {accuracy:.4f}, the model's {expected:.4f}, on {len(images)} test images; "
+        f"accuracy {accuracy:.4f}, the model's {expected:.4f}, on {len(ours)} test images; "
         f"largest difference of a probability {difference:.1e}"
     )
     if not difference <= TOLERANCE:  # NaN is an error too
@@ -166,7 +159,7 @@ def main(_: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:  # refused, if it is, before the work
             classifier = load(workdir, flags.FLAGS.checkpoint)
-            (test,) = experiment.open_splits(classifier.config, "test")
+            (test,) = open_splits(classifier.config, "test")
             found = export(classifier, test, Path(file.name), file_format=file_format)
     except OSError as error:
         raise UserError(

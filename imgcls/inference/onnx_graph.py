@@ -37,14 +37,11 @@ def to_onnx(
     graph = _Graph()
     (result,) = _interpret(graph, jaxpr, [names[0]])
     graph.nodes.append(helper.make_node("Identity", [result], names[1:]))
-    infos = [
-        helper.make_tensor_value_info(
-            name,
-            helper.np_dtype_to_tensor_dtype(aval.dtype),
-            [size if isinstance(size, int) else str(size) for size in aval.shape],
-        )
-        for name, aval in zip(names, (*jaxpr.in_avals, *jaxpr.out_avals))
-    ]
+    infos = []
+    for name, aval in zip(names, (*jaxpr.in_avals, *jaxpr.out_avals)):
+        shape = [size if isinstance(size, int) else str(size) for size in aval.shape]
+        dtype = helper.np_dtype_to_tensor_dtype(aval.dtype)
+        infos.append(helper.make_tensor_value_info(name, dtype, shape))
     proto = helper.make_graph(graph.nodes, "model", infos[:1], infos[1:], graph.initializers)
     # Not the newest IR version, which older runtimes refuse.
     version = helper.find_min_ir_version_for([OPSET])
@@ -60,15 +57,13 @@ class _Graph:
 
     def __call__(self, operator: str, *inputs: Value | Sequence[int], **attributes: Any) -> str:
         """Adds a node with one output, whose name it returns."""
-        inputs = [x if isinstance(x, str) else self._constant(x) for x in inputs]
-        output = f"value_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        names, output = [], f"value_{len(self.nodes)}"
+        for x in inputs:
+            names.append(x if isinstance(x, str) else f"constant_{len(self.initializers)}")
+            if not isinstance(x, str):
+                self.initializers.append(numpy_helper.from_array(np.asarray(x), names[-1]))
+        self.nodes.append(helper.make_node(operator, names, [output], **attributes))
         return output
-
-    def _constant(self, array: np.ndarray | Sequence[int]) -> str:
-        name = f"constant_{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
 
 
 def _interpret(graph: _Graph, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
@@ -90,12 +85,22 @@ def _interpret(graph: _Graph, closed: ClosedJaxpr, inputs: Sequence[Value]) -> l
         elif name in OPERATIONS:
             outputs = [OPERATIONS[name](graph, eqn, *arguments)]
         else:
-            raise UserError(
-                f"the model uses {name}, which has no ONNX form here: add one to OPERATIONS in "
-                "imgcls/onnx_graph.py, or use --format=stablehlo"
-            )
+            raise _no_form(name)
         values.update(zip(eqn.outvars, outputs))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _no_form(what: str) -> UserError:
+    return UserError(
+        f"the model uses {what}, which has no ONNX form: add it to OPERATIONS in "
+        "imgcls/inference/onnx_graph.py, or use --format=stablehlo"
+    )
+
+
+def _require(eqn: JaxprEqn, **params: Any) -> None:
+    for name, value in params.items():
+        if eqn.params[name] != value:
+            raise _no_form(f"{eqn.primitive.name} with {name}={eqn.params[name]}")
 
 
 def _same(operator: str) -> Callable[..., str]:
@@ -111,20 +116,18 @@ def _cast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
 
 
 def _reshape(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
-    return graph("Reshape", x, [_size(size, -1) for size in eqn.outvars[0].aval.shape])
+    return graph("Reshape", x, _sizes(eqn.outvars[0], -1))
 
 
 def _broadcast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
-    shape, kept = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
-    ones = [1] * len(shape)
-    for axis, size in zip(kept, eqn.invars[0].aval.shape):
-        ones[axis] = _size(size, -1)
-    # ONNX broadcasts both ways: a size of 1 leaves the axis as it is.
-    return graph("Expand", graph("Reshape", x, ones), [_size(size, 1) for size in shape])
+    shape = _sizes(eqn.outvars[0], 1)  # ONNX broadcasts both ways: 1 leaves the axis as it is
+    ones = np.ones(len(shape), np.int64)
+    ones[list(eqn.params["broadcast_dimensions"])] = _sizes(eqn.invars[0], -1)
+    return graph("Expand", graph("Reshape", x, ones), shape)
 
 
-def _size(size: Any, symbolic: int) -> int:
-    return size if isinstance(size, int) else symbolic
+def _sizes(variable: Any, symbolic: int) -> list[int]:
+    return [size if isinstance(size, int) else symbolic for size in variable.aval.shape]
 
 
 def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
@@ -136,64 +139,37 @@ def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
 def _conv(graph: _Graph, eqn: JaxprEqn, x: str, kernel: np.ndarray) -> str:
     p, layout = eqn.params, eqn.params["dimension_numbers"]
     _require(eqn, lhs_dilation=(1,) * len(p["window_strides"]), batch_group_count=1)
-    y = graph(
-        "Conv",
-        graph("Transpose", x, perm=layout.lhs_spec),
-        np.transpose(kernel, layout.rhs_spec),
-        strides=p["window_strides"],
-        dilations=p["rhs_dilation"],
-        group=p["feature_group_count"],
-        pads=[low for low, _ in p["padding"]] + [high for _, high in p["padding"]],
-    )
+    how = {"strides": p["window_strides"], "dilations": p["rhs_dilation"]}
+    how |= {"group": p["feature_group_count"], "pads": np.ravel(p["padding"], "F")}
+    images = graph("Transpose", x, perm=layout.lhs_spec)
+    y = graph("Conv", images, np.transpose(kernel, layout.rhs_spec), **how)
     return graph("Transpose", y, perm=np.argsort(layout.out_spec))
 
 
 def _max_pool(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
     p = eqn.params
     _require(eqn, base_dilation=(1, 1, 1, 1), window_dilation=(1, 1, 1, 1))
-    pads = p["padding"][1:3]
-    y = graph(
-        "MaxPool",
-        graph("Transpose", x, perm=(0, 3, 1, 2)),
-        kernel_shape=p["window_dimensions"][1:3],
-        strides=p["window_strides"][1:3],
-        pads=[low for low, _ in pads] + [high for _, high in pads],
-    )
+    how = {"kernel_shape": p["window_dimensions"][1:3], "strides": p["window_strides"][1:3]}
+    pads = np.ravel(p["padding"][1:3], "F")
+    y = graph("MaxPool", graph("Transpose", x, perm=(0, 3, 1, 2)), pads=pads, **how)
     return graph("Transpose", y, perm=(0, 2, 3, 1))
 
 
-def _require(eqn: JaxprEqn, **params: Any) -> None:
-    for name, value in params.items():
-        if eqn.params[name] != value:
-            raise UserError(
-                f"the model uses {eqn.primitive.name} with {name}={eqn.params[name]}, which has no "
-                "ONNX form in imgcls/onnx_graph.py: use --format=stablehlo"
-            )
-
-
 # Primitives that call a jaxpr, and which parameter that is.
-CALLS = {
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "jit": "jaxpr",
-    "remat2": "jaxpr",
-}
+CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CALLS |= {"jit": "jaxpr", "remat2": "jaxpr"}
 OPERATIONS: dict[str, Callable[..., str]] = {
-    "add": _same("Add"),
+    name: _same(name.title()) for name in ("add", "div", "exp", "max", "mul", "sub", "tanh")
+}
+OPERATIONS |= {
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _conv,
     "convert_element_type": _cast,
-    "div": _same("Div"),
     "dot_general": _dot,
-    "exp": _same("Exp"),
     "integer_pow": lambda graph, eqn, x: graph("Pow", x, np.float32(eqn.params["y"])),
-    "max": _same("Max"),
-    "mul": _same("Mul"),
     "reduce_max": _reduce("ReduceMax"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
     "reshape": _reshape,
     "stop_gradient": _same("Identity"),
-    "sub": _same("Sub"),
-    "tanh": _same("Tanh"),
 }

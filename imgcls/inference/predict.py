@@ -25,11 +25,14 @@ from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import say
 
+POSITIONAL = True  # arguments are not only flags
+
 
 def find_files(arguments: Iterable[str]) -> list[str]:
     """The files named, and all files below the folders named, sorted within each of these.
 
-    Raises UserError where a path does not exist or cannot be listed, and where there is no file.
+    Raises:
+        UserError: a path does not exist or cannot be listed, or there is no file.
     """
     found: list[str] = []
     for argument in arguments:
@@ -51,9 +54,9 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
     def read(path: str) -> np.ndarray | BadExampleError:
         try:
             image = decode_image(path, channels=c.channels)
-            return fit_image(image, image_size=tuple(c.image_size), resize=c.resize)
         except BadExampleError as error:
             return error
+        return fit_image(image, image_size=tuple(c.image_size), resize=c.resize)
 
     with ThreadPoolExecutor(machine.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
@@ -61,9 +64,6 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
             rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))
             for image in images:
                 yield next(rows) if isinstance(image, np.ndarray) else image
-
-
-POSITIONAL = True  # arguments are not only flags
 
 
 def define_flags() -> None:
