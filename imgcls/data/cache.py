@@ -57,17 +57,16 @@ def load(
     key = json.dumps([CACHE_FORMAT, source.fingerprint, shape, resize]).encode()
     path = files.cache_folder("datasets") / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}"
     shape = (len(source), *shape)
-    options = {"resize": resize, "skip_bad": skip_bad}
     try:
         if (decoded := _read(path, shape)) is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as file:
-                decoded = _decode(source, name, _map_new(file, shape), **options)
+                decoded = _decode(source, name, _map_new(file, shape), resize, skip_bad)
                 for array in decoded[1:]:
                     npy.write_array(file, array)
     except OSError as error:
         logging.warning("cannot cache decoded images in %s (%s)", path.parent, error)
-        decoded = _decode(source, name, _in_memory(shape), **options)
+        decoded = _decode(source, name, _in_memory(shape), resize, skip_bad)
     if (bad := len(source) - len(decoded.kept)) > skip_bad:
         raise _too_many_bad(bad, skip_bad, ["see an earlier run's warnings"])
     return decoded
@@ -92,10 +91,8 @@ def _read(path: Path, shape: tuple[int, ...]) -> Decoded | None:
 
 
 def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
-    """An array uint8[shape] mapped from a new file, whose position is then the array's end.
-
-    Its space is reserved: on a full disk, writing to a mapped file would kill the process.
-    """
+    """An array uint8[shape] mapped from a new file, whose position is then the array's end."""
+    # Space is reserved, because writing to a mapped file on a full disk would kill the process.
     if math.prod(shape) > shutil.disk_usage(file.name).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     images = npy.open_memmap(file.name, "w+", np.uint8, shape)
@@ -109,16 +106,13 @@ def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
     needed, free = math.prod(shape), psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise UserError(
-            f"the decoded images need {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of "
-            "memory are free: lower config.data.image_size, or name a folder on a larger disk for "
-            "the cache with XDG_CACHE_HOME"
+            f"the images need {needed / 2**30:.1f} GiB, but of memory {free / 2**30:.1f} GiB are "
+            "free: lower config.data.image_size, or name a larger disk's folder in XDG_CACHE_HOME"
         )
     return np.empty(shape, np.uint8)
 
 
-def _decode(
-    source: Source, name: str, images: np.ndarray, *, resize: str, skip_bad: int
-) -> Decoded:
+def _decode(source: Source, name: str, images: np.ndarray, resize: str, skip_bad: int) -> Decoded:
     """Decodes all examples into `images`; unreadable ones leave no gap."""
     labels: list[Any] = [None] * len(source)
     digests = np.zeros((len(source), 32), np.uint8)

@@ -113,20 +113,19 @@ def _end_with_parent(folder: Path) -> None:
     os._exit(1)  # whatever the main thread is doing, and those that download
 
 
-def main() -> int:
+def main() -> None:
     name, root = sys.argv[1], Path(sys.argv[2])
-    folder = root / parse(name)[0]
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    arguments = (root / parse(name)[0],)
+    threading.Thread(target=_end_with_parent, args=arguments, daemon=True).start()
     logging.getLogger().setLevel(logging.ERROR)  # each retry would be a warning
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS prints its progress
             directory = prepare(name, root)
     except UserError as error:
         print(error)
-        return 2
+        sys.exit(2)
     print(directory)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -51,4 +51,4 @@ def open_sources(
         return SOURCES[name](data_dir=data_dir, channels=channels, follow_links=follow_links)
     from imgcls.data.tfds import open_tfds  # an import of half a second
 
-    return open_tfds(name, data_dir=data_dir, channels=channels)
+    return open_tfds(name, data_dir=data_dir, channels=channels, others=tuple(SOURCES))

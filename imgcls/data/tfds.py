@@ -21,9 +21,7 @@ from tensorflow_datasets.core.dataset_builder import load_default_config_name
 from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.proto import tf_example_pb2
 
-import imgcls
 from imgcls.data.images import DECODER, decode_image
-from imgcls.data.sources import SOURCES
 from imgcls.errors import UserError, did_you_mean, first_line
 from imgcls.run import signals
 
@@ -64,29 +62,35 @@ class TfdsSource:
         return [self._decode(i, example.features.feature) for i, example in zip(indices, examples)]
 
     def _decode(self, index: int, features: Any) -> dict[str, Any]:
-        (encoded,), (label,) = (
-            features["image"].bytes_list.value,
-            features["label"].int64_list.value,
-        )
+        encoded = features["image"].bytes_list.value[0]
+        label = features["label"].int64_list.value[0]
         image = decode_image(encoded, channels=self._channels, name=f"{self._name}[{index}]")
         return {"image": image, "label": label}
 
 
-def open_tfds(name: str, *, data_dir: str | None, channels: int) -> dict[str, TfdsSource]:
+def open_tfds(
+    name: str, *, data_dir: str | None, channels: int, others: Sequence[str] = ()
+) -> dict[str, TfdsSource]:
     """Opens the splits of NAME[/CONFIG][:VERSION], of the newest version that `data_dir` holds.
 
     The first use prepares the dataset in a child process, for as long as its download takes.
+    `others` are names that are no datasets of TFDS, for the error of an unknown one.
 
     Raises:
-      UserError: An unknown name, a dataset without image and label, a damaged directory, one that
-        can't be written to, or no network.
+        UserError: an unknown name, a dataset without image and label, a damaged directory, one that
+            can't be written to, or no network.
     """
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in root:
         raise UserError(f"{root} is remote: copy the dataset to a local --config.data.dir")
     root = Path(root).expanduser().absolute()
-    if not (directory := find(name, root)):
-        _check_known(name)
+    dataset, directory = parse(name)[0], find(name, root)
+    known = tfds.list_builders(with_community_datasets=False) if directory is None else [dataset]
+    if dataset not in known:
+        near = did_you_mean(dataset, [*others, *known]) or "name one of them"
+        raise UserError(
+            f"unknown dataset {name}: there are {', '.join(others)} and those of TFDS; {near}"
+        )
     if not directory or not has_array_record(load(directory)):
         directory = _prepare_in_child(name, root)
     builder = load(directory)
@@ -137,15 +141,6 @@ def check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
         raise UserError(f"{name} is no image classification dataset (image, label): it has {has}")
 
 
-def _check_known(name: str) -> None:
-    dataset = parse(name)[0]
-    known = tfds.list_builders(with_community_datasets=False)
-    if dataset not in known:
-        near = did_you_mean(dataset, [*SOURCES, *known]) or "name one of them"
-        ours = ", ".join(SOURCES)
-        raise UserError(f"unknown dataset {name}: there are {ours} and those of TFDS; {near}")
-
-
 def _check_shard(path: Any, length: int) -> tuple[str, int, int]:
     """Returns what identifies a shard's content. The number of records tells a truncated one."""
     if not path.exists() or ArrayRecordReader(os.fspath(path)).num_records() != length:
@@ -162,7 +157,7 @@ def _prepare_in_child(name: str, root: Path) -> Path:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and we end the child
-        cwd=Path(imgcls.__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ) as child:
         try:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved in the background, committed by one rename, verified when read.
 
-The only module that knows orbax. A checkpoint is a directory `<step>/` with the arrays and a JSON
-object, in which the SHA-256 of every array stands beside what the loop wants to keep. Validation
-scores are in `validation.json`, because a step may be validated after it was saved.
+The only module that knows orbax. A checkpoint is a directory `<step>/` with the arrays and `meta`,
+a JSON object that has the SHA-256 of every array, too. Validation scores are in `validation.json`,
+because a step may be validated after it was saved.
 """
 
 import contextlib
@@ -41,10 +41,8 @@ class Checkpoints:
         self._writes = not read_only and is_main()
         self._damaged: set[int] = set()
         if misread := re.search(r"[\\*?[\ud800-\udfff]|gs:/", str(self._directory)):
-            raise UserError(
-                f"{str(directory)!r} cannot hold checkpoints, because orbax misreads "
-                f"{misread[0]!r} in a path: use another --workdir"
-            )
+            why = f"orbax misreads {misread[0]!r} in a path: use another --workdir"
+            raise UserError(f"{str(directory)!r} cannot hold checkpoints, because {why}")
         # Created in the background, a directory that cannot be made would hang the exit.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -73,8 +71,8 @@ class Checkpoints:
 
         Args:
             step: the number of batches seen.
-            state: a pytree of arrays. The caller may donate them at once: XLA does not reuse a
-                buffer that is still read on a CPU, and those of other devices are copied first.
+            state: a pytree of arrays. They may be donated at once: XLA does not reuse a buffer that
+                is still read on a CPU, and those of other devices are copied first.
             meta: what else to keep, in JSON types.
         """
         self.wait()
@@ -82,13 +80,11 @@ class Checkpoints:
         leaves = {name: _as_held(leaf) for name, leaf in _named_leaves(state).items()}
         # A copy, because the caller's may change while it is being written.
         meta = json.loads(json.dumps(meta | {"leaves": _describe(leaves)}))
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves),
-            meta=ocp.args.JsonSave(meta | {"sha256": _hash_json(meta)}),
-        )
+        meta["sha256"] = _hash_json(meta)
+        arguments = {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
         with self._guarded("saving"):
             self._damaged.discard(step)
-            self._saver.save(self._path(step), args=items)
+            self._saver.save(self._path(step), args=ocp.args.Composite(**arguments))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Keeps the validation metrics of a step, which decide which checkpoint is the best."""
@@ -246,15 +242,13 @@ def _blame(path: Path, error: BaseException) -> CheckpointError:
         return error
     while error.__cause__ is not None:
         error = error.__cause__
-    told = re.search(r"os_error_code='(\d+)'", str(error))  # by tensorstore
-    code = int(told[1]) if told else getattr(error, "errno", None)
+    told, why = re.search(r"os_error_code='(\d+)'", str(error)), first_line(error)
+    code = int(told[1]) if told else getattr(error, "errno", None)  # told by tensorstore
     memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     if not memory and code in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-        return _Damaged(f"{first_line(error)}: {path} is damaged or was never finished")
-    return CheckpointError(
-        f"{path} could not be read ({first_line(error)}) and is left as it is: run the same "
-        "command again when it can be read"
-    )
+        return _Damaged(f"{why}: {path} is damaged or was never finished")
+    left = "is left as it is: run the same command again when it can be read"
+    return CheckpointError(f"{path} could not be read ({why}) and {left}")
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
@@ -315,10 +309,9 @@ def _of_all_processes(value: Any) -> list[Any]:
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     was = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in saved.items()}
     now = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()}
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            raise CheckpointError(
-                f"{path} is of another model: {name} was saved as {was.get(name, 'nothing')}, "
-                f"expected is {now.get(name, 'nothing')}; use the config, the data and the commit "
-                "that it was trained with, or another --workdir"
-            )
+    for name, _ in sorted(was.items() ^ now.items()):
+        raise CheckpointError(
+            f"{path} is of another model: {name} was saved as {was.get(name, 'nothing')}, expected "
+            f"is {now.get(name, 'nothing')}; use the config, the data and the commit that it was "
+            "trained with, or another --workdir"
+        )

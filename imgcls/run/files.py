@@ -76,10 +76,7 @@ def lock(
     Args:
         path: of the file; it and its folder are made where there are none. A link is refused.
         busy: called with the id of a process that holds the lock; raises, or returns to wait.
-        refused: what to say where the file cannot be opened, from the reason.
-
-    Raises:
-        UserError: the file cannot be opened.
+        refused: the text of the UserError where the file cannot be opened, from the reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +89,7 @@ def lock(
         except BlockingIOError:
             busy(file.read().strip())
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
+        except OSError:  # some network file systems have no locks
             logging.warning("%s cannot be locked here: use %s once at a time", path, path.parent)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -44,10 +44,10 @@ def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tq
 
 
 class MetricWindow:
-    """Sums of training metrics since the last log line.
+    """Sums of training metrics since the last log line, on the device until logged or saved.
 
-    Metrics stay on the device until they are logged or saved. Sums are float64 and added step by
-    step, so that an interrupted window, saved and continued, has the same bits.
+    Sums are float64 and added step by step, so that an interrupted window, saved and continued, has
+    the same bits.
     """
 
     def __init__(self, sums: dict[str, float] | None = None, bad_steps: list[int] | None = None):

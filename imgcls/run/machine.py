@@ -21,8 +21,7 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # 
 # Use YNNPACK for single matrix products only. XLA would also give it convolutions (2-4x slower than
 # Eigen) and fused products (2x slower in Muon).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-# For what runs once: compiled in half the time.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": "1"}
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": "1"}  # in half the time
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
 
 
@@ -44,10 +43,7 @@ def start() -> None:
 
 @functools.cache
 def compiler_options(*, once: bool = False) -> dict[str, str] | None:
-    """Options for `jax.jit` on this backend, unless the user's own XLA_FLAGS decide.
-
-    `once` is for programs that run once.
-    """
+    """Options for `jax.jit` on this backend, of what runs `once` or often; XLA_FLAGS go first."""
     options = QUICK_TO_COMPILE if once else CPU_OPTIONS
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.default_backend() != "cpu" or any(name in flags for name in options):
@@ -62,7 +58,7 @@ def compiler_options(*, once: bool = False) -> dict[str, str] | None:
 def check_memory(compiled: jax.stages.Compiled) -> None:
     """Raises MemoryError where a program for the CPU needs more than is free.
 
-    There XLA would wait for ever, or Linux end the process without a word; accelerators tell.
+    XLA would wait for ever, or Linux end the process without a word. Accelerators tell themselves.
     """
     if jax.default_backend() == "cpu" and (needs := compiled.memory_analysis()):
         needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
@@ -96,10 +92,8 @@ def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
     other = [f"{k} was {v}, is {now.get(k)}" for k, v in saved.items() if v != now.get(k)]
     if other:
-        logging.warning(
-            "the run goes on, but its last bits will differ from those of one never stopped: %s",
-            "; ".join(other),
-        )
+        told = "the run goes on, but its last bits will differ from those of one never stopped: %s"
+        logging.warning(told, "; ".join(other))
 
 
 def cpu_cores() -> int:

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,13 +59,11 @@ def session(
         return
     # JAX would take SIGTERM for itself; a stop is agreed upon by `Agreement`.
     jax.config.update("jax_enable_preemption_service", False)
+    given["heartbeat_timeout_seconds"] = heartbeat_timeout
     # JAX aborts the process at its own timeout; ours comes first, and tells what to do.
-    timeouts = {
-        "initialization_timeout": start_timeout + 60,
-        "heartbeat_timeout_seconds": heartbeat_timeout,
-    }
+    given["initialization_timeout"] = start_timeout + 60
     try:
-        joined = _in_time(lambda: jax.distributed.initialize(**given, **timeouts), start_timeout)
+        joined = _in_time(partial(jax.distributed.initialize, **given), start_timeout)
     except Exception as error:
         raise UserError(f"this process cannot join the others: {first_line(error)}") from error
     if not joined:
@@ -95,8 +94,7 @@ def session(
 class Agreement:
     """Whether any process was asked to stop: the same answer in all of them, at the same call.
 
-    The question goes to the device beside the training steps, and is answered `delay` calls later,
-    so that no step waits for it. A process alone answers at once.
+    The devices answer `delay` calls later, so that no step waits. A process alone answers at once.
     """
 
     def __init__(self, stop: StopSignal, *, delay: int):
@@ -110,8 +108,8 @@ class Agreement:
             return self._stop.requested is not None
         if not self._signal:
             signal = lambda rows: {"signal": np.full(len(rows), self._stop.requested or 0)}
-            devices = np.arange(jax.device_count())
-            self._asked.append(self._max(put_batch(signal, devices, self._mesh)["signal"]))
+            batch = put_batch(signal, np.arange(jax.device_count()), self._mesh)
+            self._asked.append(self._max(batch["signal"]))
             if len(self._asked) > self._delay:
                 self._signal = int(self._asked.pop(0))
         return self._signal != 0
@@ -165,7 +163,4 @@ def _detects_several() -> bool:
 def _in_time(function: Callable[[], None], seconds: float) -> bool:
     """Runs function() in a thread; False when it takes longer: it is then left behind."""
     future = in_thread(function)
-    if not wait([future], seconds).done:
-        return False
-    future.result()
-    return True
+    return bool(wait([future], seconds).done) and future.result() is None
