@@ -95,8 +95,7 @@ class Worker:
         return times.user + times.system
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()

@@ -5,6 +5,7 @@ import sys
 import time
 
 from imgcls import train
+from imgcls.errors import Stopped
 from imgcls.inference.classifier import Classifier
 from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
@@ -22,6 +23,13 @@ def slow_down(owner, name: str, seconds: float, when=lambda: True) -> None:
     setattr(owner, name, slowly)
 
 
+def signalled() -> bool:
+    try:
+        return bool(signals.poll())
+    except Stopped:
+        return True
+
+
 where = sys.argv.pop(1)
 if where == "validation":
     slow_down(train, "validate", 2)
@@ -30,5 +38,5 @@ elif where == "save":
 elif where == "evaluation":
     slow_down(Classifier, "logits", 2)
 elif where == "a disk that hangs":
-    slow_down(Checkpoints, "wait", 600, lambda: signals._active.requested is not None)
+    slow_down(Checkpoints, "wait", 600, signalled)
 runpy.run_path("main.py", run_name="__main__")

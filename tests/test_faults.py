@@ -77,17 +77,17 @@ def kill_and_resume(workdir, kills, seed):
     moments = random.Random(seed)
     config = small_config(**LONGER)
     for kill in range(kills):
-        process = start(workdir, config)
-        if moments.random() < 0.8:  # else anywhere before the first step
-            read_until(process, "training:")
-        timer = threading.Timer(moments.uniform(0, 1.5), process.kill)
-        timer.start()
-        last_step = 90 * (kill + 1) / kills  # on a fast machine too, the later kills find work
-        for line in process.stdout:
-            if line.startswith("step ") and int(line.split()[1]) >= last_step:
-                process.kill()
-        timer.cancel()
-        assert process.wait() == -signal.SIGKILL
+        with start(workdir, config) as process:
+            if moments.random() < 0.8:  # else anywhere before the first step
+                read_until(process, "training:")
+            timer = threading.Timer(moments.uniform(0, 1.5), process.kill)
+            timer.start()
+            last_step = 90 * (kill + 1) / kills  # on a fast machine too, the later kills find work
+            for line in process.stdout:
+                if line.startswith("step ") and int(line.split()[1]) >= last_step:
+                    process.kill()
+            timer.cancel()
+        assert process.returncode == -signal.SIGKILL
     finish(workdir, config)
 
 
@@ -209,10 +209,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupte
     process.terminate()
     process.communicate()
 
-    def few_bytes():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-
-    full = start(tmp_path, config, preexec_fn=few_bytes)
+    full = start(tmp_path, config)
+    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (4000, 4000))
     printed, _ = full.communicate(timeout=60)
     assert full.returncode == 4, printed
     assert printed.splitlines()[-1].startswith("error: ") and "Traceback" not in printed

@@ -1,13 +1,15 @@
 """What a resumed run is given: the same examples in the same order, on what it began with."""
 
+import ctypes
 import json
 import threading
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from imgcls import experiment
+from imgcls import cpu, experiment
 from imgcls.cpu import onednn
 from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 from imgcls.errors import CheckpointError, Stopped
@@ -99,7 +101,8 @@ def test_a_run_that_goes_on_elsewhere_says_so_once(
     without_computing, tmp_path, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "_cpu_model", lambda: "another CPU")
+        there = machine.reproducibility_facts() | {"devices": "4 x cpu another CPU"}
+        patch.setattr(machine, "reproducibility_facts", lambda: there)
         session(tmp_path, small_config(), until=2)
     session(tmp_path, small_config(), until=3)
     (warning,) = [r.getMessage() for r in caplog.records if "last bits" in r.getMessage()]
@@ -132,8 +135,8 @@ def test_another_generator_of_random_numbers_is_refused():
 
 
 @pytest.mark.skipif(why_unavailable("float32") is not None, reason="no oneDNN here")
-def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch):
-    monkeypatch.setattr(onednn, "_threads", None)
+def test_the_number_of_openmp_threads_is_that_of_the_first_session(request):
+    request.addfinalizer(partial(cpu.use_threads, cpu.identity()["openmp_threads"]))
     exp = plain_experiment()
     exp.ops = {"conv": conv_general_dilated}
     others = exp.reproducibility_facts()["openmp_threads"] + 1
@@ -146,7 +149,7 @@ def test_the_number_of_openmp_threads_is_that_of_the_first_session(monkeypatch):
 
     def elsewhere():  # XLA calls from threads of its own
         run(*(array.ctypes.data for array in arrays))
-        used.append(onednn._runtime().library.omp_get_max_threads())
+        used.append(ctypes.CDLL(onednn.LIBRARY).omp_get_max_threads())
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

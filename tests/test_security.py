@@ -46,7 +46,7 @@ def workdir(tmp_path_factory):
 
 
 def test_a_checkpoint_and_a_cache_are_read_without_pickle(workdir, no_pickle, monkeypatch):
-    monkeypatch.setattr(cache, "_decode", lambda *_, **__: pytest.fail("it was not in the cache"))
+    monkeypatch.setattr(cache, "fit_image", lambda *_, **__: pytest.fail("it was not in the cache"))
     classifier = load(workdir)
     (test,) = experiment.open_splits(classifier.config, "test")
     assert classifier.logits(test).shape == (50, 10)

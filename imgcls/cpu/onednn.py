@@ -160,12 +160,17 @@ def _set_threads() -> int:
     return threads
 
 
+def isa() -> int:
+    """The instructions that this CPU has: bits of dnnl_cpu_isa_t."""
+    return _runtime().library.dnnl_get_effective_cpu_isa()
+
+
 def identity() -> dict[str, str | int]:
     """What decides the bits of a result, besides its operands."""
     library = _runtime().library
     return {
         "onednn": ".".join(map(str, library.dnnl_version()[:3])),
-        "onednn_isa": hex(library.dnnl_get_effective_cpu_isa()),
+        "onednn_isa": hex(isa()),
         "openmp_threads": _threads or library.omp_get_max_threads(),
     }
 
@@ -173,7 +178,7 @@ def identity() -> dict[str, str | int]:
 def has_bfloat16() -> bool:
     """Whether this CPU has instructions for it, and oneDNN is there to use them."""
     try:
-        return bool(_runtime().library.dnnl_get_effective_cpu_isa() & AVX512_CORE_BF16)
+        return bool(isa() & AVX512_CORE_BF16)
     except (OSError, AttributeError, importlib.metadata.PackageNotFoundError):
         return False
 
@@ -290,11 +295,10 @@ def _turns(kind: str, conv: Convolution) -> bool:
     (docs/cpu.md). With AVX-512, where oneDNN has its newer kernels for weight gradients,
     too, it was not tried.
     """
-    instructions = _runtime().library.dnnl_get_effective_cpu_isa()
     height, width = conv.x[1:3]
     return (
         kind == "weight_grad"
-        and instructions & (AVX2 | AVX512_CORE) == AVX2
+        and isa() & (AVX2 | AVX512_CORE) == AVX2
         and conv.dtype == "float32"
         and conv.strides == (1, 1)
         and height * width <= TURNED_PIXELS

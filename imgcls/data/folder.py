@@ -117,7 +117,7 @@ def scan(directory: str, follow_links: bool) -> tuple[list[_Entry], list[_Entry]
     """Lists the folders and the files of a directory, without hidden ones, pipes and the like."""
     folders, files = [], []
     try:
-        for entry in os.scandir(directory):
+        for entry in list(os.scandir(directory)):
             if entry.name.startswith(".") or entry.name.lower() in IGNORED:
                 continue
             if entry.is_symlink() and not follow_links:

@@ -1,19 +1,28 @@
 """What is built for a convolution, under which name, and what is known of the library."""
 
 import functools
+import re
+import tracemalloc
 from dataclasses import replace
 
 import jax
-import numpy as np
 import pytest
 
 from imgcls import cpu
 from imgcls.cpu import conv, onednn
-from tests.cpu.test_kernels import MISSING, assert_close, convolve, lax_convolve, normal, pull
+from tests.cpu.test_kernels import (
+    MISSING,
+    assert_close,
+    convolve,
+    lax_convolve,
+    normal,
+    pull,
+    run_python,
+)
 
 if MISSING:
     pytest.skip(f"{onednn.DISTRIBUTION} is not installed", allow_module_level=True)
-HAS_WINOGRAD = bool(onednn._runtime().library.dnnl_get_effective_cpu_isa() & onednn.AVX512_CORE)
+HAS_WINOGRAD = bool(onednn.isa() & onednn.AVX512_CORE)
 WINDOW = (1, 1), ((1, 1), (1, 1))  # strides, padding
 BASE = onednn.Convolution((2, 4, 4, 4), (3, 3, 4, 4), (2, 4, 4, 4), *WINDOW, "float32")
 WORTH_WINOGRAD = replace(BASE, x=(128, 4, 4, 64), w=(3, 3, 64, 64), y=(128, 4, 4, 64))
@@ -105,43 +114,27 @@ def test_winograd_gives_what_lax_gives(x_shape, w_shape, monkeypatch):
     ids=str,
 )
 def test_winograd_is_for_what_it_makes_faster(change, expected):
-    assert onednn._suits_winograd(replace(WORTH_WINOGRAD, **change)) is expected
+    way = onednn.algorithm("forward", replace(WORTH_WINOGRAD, **change))
+    assert (way == "winograd") is (expected and HAS_WINOGRAD)
 
 
 @pytest.mark.parametrize("kind", onednn.KINDS)
-def test_winograd_is_used_where_there_is_any(kind, monkeypatch):
+def test_winograd_is_used_where_there_is_any_and_memory_for_it(kind, monkeypatch):
+    """A weight gradient's scratch memory grows with the threads."""
     assert (onednn.algorithm(kind, WORTH_WINOGRAD) == "winograd") is HAS_WINOGRAD
-
-    def without(kind, conv, how):
-        if how == "winograd":
-            raise NotImplementedError
-
-    monkeypatch.setattr(onednn, "_convolution_desc", without)
-    assert onednn.algorithm(kind, WORTH_WINOGRAD) == "direct"
-
-
-@pytest.mark.parametrize("kind", onednn.KINDS)
-def test_winograd_does_not_take_too_much_memory(kind, monkeypatch):
-    """Such as that of a weight gradient, whose scratch memory grows with the threads."""
     monkeypatch.setattr(onednn, "WINOGRAD_BYTES", 0)
     monkeypatch.setattr(onednn, "WINOGRAD_TIMES", 1)
-    assert onednn.algorithm(kind, WORTH_WINOGRAD) == "direct"
+    assert onednn.algorithm(kind, WORTH_WINOGRAD) != "winograd"
 
 
-def test_what_executions_need_besides_is_shared(monkeypatch):
+def test_what_executions_need_besides_is_shared():
     """Or each of a network's convolutions would hold hundreds of MiB."""
-    rt, steps, sizes = onednn._runtime(), [], []
-    monkeypatch.setattr(rt, "workspace", np.empty(0, np.uint8))
-    primitive = rt.primitive
-    monkeypatch.setattr(rt, "primitive", lambda *args: steps.append(primitive(*args)) or steps[-1])
-    for kind in onednn.KINDS:
-        onednn.build(kind, WORTH_WINOGRAD)
-        sizes.append(len(rt.workspace))
-    assert sizes == sorted(sizes) and sizes[-1] >= max(step.scratch_size for step in steps)
-    largest = max(sizes)
-    for kind in onednn.KINDS:
-        onednn.build(kind, WORTH_WINOGRAD)
-    assert len(rt.workspace) == largest
+    built = [onednn.build(kind, WORTH_WINOGRAD) for kind in onednn.KINDS]
+    tracemalloc.start()  # NumPy's arrays count
+    built += [onednn.build(kind, WORTH_WINOGRAD) for kind in onednn.KINDS]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100_000
 
 
 @pytest.mark.parametrize(
@@ -162,19 +155,36 @@ def test_what_executions_need_besides_is_shared(monkeypatch):
 def test_weight_gradients_are_turned_only_where_that_was_faster(
     isa, kind, change, expected, monkeypatch
 ):
-    monkeypatch.setattr(onednn._runtime().library, "dnnl_get_effective_cpu_isa", lambda: isa)
-    assert onednn._turns(kind, replace(BASE, **change)) is expected
+    monkeypatch.setattr(onednn, "isa", lambda: isa)
+    assert (onednn.algorithm(kind, replace(BASE, **change)) == "turned") is expected
 
 
 @pytest.mark.parametrize("isa, expected", [(0x27, False), (0xE7, True), (0xFEF, True)])
 def test_instructions_for_bfloat16_are_known(isa, expected, monkeypatch):
     """AVX-512, the same with bfloat16, and AMX: values of dnnl_cpu_isa_t."""
-    library = onednn._runtime().library
-    monkeypatch.setattr(library, "dnnl_get_effective_cpu_isa", lambda: isa)
+    monkeypatch.setattr(onednn, "isa", lambda: isa)
     assert cpu.has_bfloat16() is expected
-    monkeypatch.setattr(onednn, "DISTRIBUTION", "no-such-wheel")
-    monkeypatch.setattr(onednn, "_runtime", onednn._runtime.__wrapped__)
-    assert not cpu.has_bfloat16()
+
+
+ELSEWHERE = """
+import sys
+from imgcls.cpu import has_bfloat16, onednn
+from imgcls.cpu.conv import why_unavailable
+onednn.DISTRIBUTION = sys.argv[1]
+print(has_bfloat16(), why_unavailable("float32"))
+"""
+
+
+@pytest.mark.parametrize(
+    "wheel, instructions, answer",
+    [
+        (onednn.DISTRIBUTION, "AVX2", "False None"),
+        ("no-such-wheel", "DEFAULT", "False PackageNotFoundError: .*no-such-wheel"),
+    ],
+)
+def test_what_is_asked_for_is_what_there_is(wheel, instructions, answer, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", instructions)
+    assert re.match(answer, run_python(ELSEWHERE, wheel).stdout)
 
 
 def test_identity_names_what_decides_the_bits():
@@ -190,5 +200,5 @@ def test_the_start_up_check_takes_every_way_that_this_cpu_has():
 
     convolutions = [same_size(*case) for stride, *case in conv.CHECKED if stride == 1]
     ways = {onednn.algorithm(kind, c) for kind in onednn.KINDS for c in convolutions}
-    turns = onednn._turns("weight_grad", BASE)
+    turns = onednn.isa() & onednn.AVX2
     assert ways == {"direct"} | ({"winograd"} if HAS_WINOGRAD else {"turned"} if turns else set())

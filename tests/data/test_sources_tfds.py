@@ -22,9 +22,11 @@ from tests.data.make_tfds_datasets import TEST, TRAIN, picture
 ROOT = Path(__file__).parents[2]
 # Opens a dataset and reads all of it, as a program that has nothing else in it.
 READER = """
-import hashlib, sys
+import hashlib, signal, sys
 from imgcls.errors import UserError
 from imgcls.data.sources import open_sources
+# A shell's background job, tests included, would have it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     sources = open_sources(sys.argv[1], data_dir=sys.argv[2], channels=3)
 except UserError as error:
@@ -44,8 +46,6 @@ def start_reader(name: str, data_dir: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        # A shell's background job, tests included, would have it ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
