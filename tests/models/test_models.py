@@ -11,7 +11,7 @@ from imgcls import cpu
 from imgcls.models import MODELS, resnet
 from imgcls.models.cnn import LAYOUT, max_pool, partial_identity, whitening_filters
 from imgcls.state import count_parameters
-from tests.test_kernels import assert_close, modes
+from tests.cpu.test_kernels import assert_close, modes
 
 
 def shapes_of(name, size, channels=3, classes=10, **fields):
