@@ -63,11 +63,9 @@ def train_step(
 
     All randomness comes from (rng, state.step). The gradient is averaged over `accumulate_steps`
     equal parts of the batch, one after the other, so that one part's activations are in memory.
-    Where loss or gradient is not finite, nothing but the step counter changes, and the metric `bad`
-    is 1.
+    Where loss or gradient is not finite, only the step counter changes, and the metric "bad" is 1.
 
-    Returns the new state and sums over the batch's examples, float32: of the task's figures,
-    "count" and "bad".
+    Returns the new state, and sums over the batch: of the task's figures, "count" and "bad".
     """
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
