@@ -41,12 +41,17 @@ def _one_of(names: Iterable[str]) -> Rule:
     return Rule(str, lambda x: x in names, f"one of {', '.join(names)}")
 
 
+def _up_to(limit: float) -> Rule:
+    allowed = "of at least 0" if limit == math.inf else f"between 0 and {limit}"
+    return Rule(float, lambda x: 0 <= x <= limit and math.isfinite(x), f"a number {allowed}")
+
+
 TEXT = Rule(str, lambda x: True, "text")
 NAME = Rule(str, bool, "a name")
 COUNT = Rule(int, lambda x: x >= 1, "a whole number of at least 1")
 COUNT_OR_ZERO = Rule(int, lambda x: x >= 0, "a whole number of at least 0")
 POSITIVE = Rule(float, lambda x: 0 < x < math.inf, "a number over 0")
-NOT_NEGATIVE = Rule(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+NOT_NEGATIVE = _up_to(math.inf)
 FRACTION = Rule(float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
 FLAG = Rule(bool, lambda x: True, "True or False")
 COUNTS = Rule(tuple, lambda x: all(type(n) is int and n > 0 for n in x), "positive integers, (,)")
@@ -165,8 +170,10 @@ def keys_of(config: Any) -> dict[str, Key]:
         keys |= _own_keys(section, name, table[name])
     for name, function in augment.AUGMENTATIONS.items():
         meaning = inspect.getdoc(function).partition("\n")[0]
-        off = 0 if name.endswith("_pixels") else 0.0
-        keys[f"augment.{name}"] = Key(off, NOT_NEGATIVE, meaning)
+        off, rule = 0.0, _up_to(augment.LIMITS.get(name, math.inf))
+        if name.endswith("_pixels"):
+            off, rule = 0, COUNT_OR_ZERO
+        keys[f"augment.{name}"] = Key(off, rule, meaning)
         keys |= _own_keys("augment", name, function)
     order = list(dict.fromkeys(key.partition(".")[0] for key in (*KEYS, "augment.")))
     return dict(sorted(keys.items(), key=lambda item: order.index(item[0].partition(".")[0])))
@@ -200,7 +207,6 @@ def validate(config: ConfigDict) -> None:
             raise UserError(_wrong_key(key, flat, keys))
     for key, value in flat.items():
         _check(key, value, keys[key].rule)
-    augment.compose(**config.augment)
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != flat["data.channels"]:
             raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
