@@ -276,9 +276,7 @@ def test_a_directory_may_have_nearly_any_name(tmp_path, name):
     assert checkpoints.restore_latest(target())[0]["step"] == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["[best]", "lr*", "what?", "back\\slash", "logs:", "no\udcfftext"]
-)
+@pytest.mark.parametrize("name", ["[best]", "lr*", "what?", "back\\slash", "logs:", "no\udcfftext"])
 def test_but_for_names_that_orbax_would_misread(tmp_path, name):
     with pytest.raises(UserError, match="another --workdir"):
         Checkpoints(tmp_path / name / "checkpoints")
