@@ -46,13 +46,9 @@ def evaluate_logits(
     *,
     temperature: float | None = None,
 ) -> dict:
-    """Scores a split, as a dict of plain Python values that `json` writes.
+    """Scores logits float[N, K] of labels int[N], as plain Python values that `json` writes.
 
-    Args:
-        logits: float[N, K].
-        labels: int[N], in [0, K).
-        class_names: the K names.
-        temperature: of `fit_temperature` on another split, for a second set of calibration figures.
+    The temperature of `fit_temperature` on another split adds a second set of calibration figures.
 
     Returns:
         examples; top1, top5 (top min(5, K)) and their 95% intervals; loss (mean NLL in nats);
@@ -74,7 +70,7 @@ def evaluate_logits(
         accuracy |= {name: float(right.mean()), f"{name}_interval": interval}
     before, bins = _calibration(logits, labels), reliability(logits, labels)
     calibration = {"bins": BINS, "ece": before["ece"], "reliability": bins}
-    calibration["temperature"] = temperature
+    calibration |= {"temperature": temperature}
     if temperature is not None:
         calibration |= {"before": before, "after": _calibration(logits / temperature, labels)}
     return {

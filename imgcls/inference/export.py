@@ -109,13 +109,8 @@ FORMATS = {
 
 
 def export(classifier: Classifier, test: Split, path: Path, *, file_format: str) -> str:
-    """Writes the file, compares it with the model, and returns what was found in a line.
-
-    Args:
-        classifier: at the checkpoint to export.
-        test: what to compare on, its first 256 examples.
-        path: of the file.
-        file_format: a key of `FORMATS`.
+    """Writes the file, compares it with the model on the first 256 examples of `test`, and returns
+    what was found in a line. `file_format` is a key of `FORMATS`.
 
     Raises:
         OSError: the path cannot be written.
