@@ -137,7 +137,7 @@ def test_a_run_of_another_task_shows_its_figures_and_how_it_was_made(run):
     views = {"views": "flip", "loss": 1.125, "all right": 0.75}
     (run / "results.json").write_text(json.dumps(kept | {"test_time_augmentation": views}))
     page = write_report(run, samples=gray_images([1, 2, 3]))
-    assert "Means over 200 examples. loss 1.2500 1.1250 with TTA (flip)" in page.words
+    assert "1.2500 loss is the mean over 200 examples, 1.1250 with TTA (flip)." in page.words
     assert "all right 0.5000 0.7500 with TTA (flip) Training time 1 min 15 s" in page.words
     sections = re.findall("<h2>(.*?)</h2>", page.html)
     assert sections == ["Learning", "Training images", "How it was made"]
