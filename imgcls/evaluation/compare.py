@@ -70,22 +70,20 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
 def _check_comparable(a: Run, b: Run) -> None:
     if "per_class" not in b.results:
         raise UserError(f"{b.workdir} is no classification: only these can be compared")
-    names, same = a.results["class_names"], len(a.ids) == len(b.ids)
-    differing = np.flatnonzero((a.ids != b.ids) | (a.labels != b.labels)) if same else ()
+    names, difference = a.results["class_names"], ""
     if names != b.results["class_names"]:
         difference = "their classes differ"
-    elif not same:
+    elif len(a.ids) != len(b.ids):
         difference = f"{len(a.ids)} and {len(b.ids)} examples"
-    elif len(differing):
-        i = differing[0]
+    elif not (same := (a.ids == b.ids) & (a.labels == b.labels)).all():
+        i = same.argmin()
         each = [f"{str(run.ids[i])!r} of class {names[run.labels[i]]!r}" for run in (a, b)]
         difference = f"example {i} is {each[0]} and {each[1]}"
-    else:
-        return
-    raise UserError(
-        f"{a.workdir} and {b.workdir} were tested on different examples ({difference}): "
-        "compare runs evaluated on the same test split"
-    )
+    if difference:
+        raise UserError(
+            f"{a.workdir} and {b.workdir} were tested on different examples ({difference}): "
+            "compare runs evaluated on the same test split"
+        )
 
 
 def _difference(a: Run, b: Run) -> dict[str, Any]:
