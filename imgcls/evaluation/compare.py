@@ -24,7 +24,6 @@ from imgcls.run.logs import say
 
 RESAMPLES = 10_000
 CHANGED_CLASSES = 5  # named on the terminal; the page has them all
-COMPARED = ("top1", "top1_interval", "top5", "loss", "seconds", "images_per_second", "parameters")
 LETTERS = [a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase]
 POSITIONAL = True  # arguments are not only flags
 
@@ -34,8 +33,7 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         examples;
-        runs: per run its letter (A, B, ... Z, AA, ...), workdir, ece and COMPARED (None where its
-            results.json lacks one);
+        runs: per run its letter (A, B, ... Z, AA, ...), workdir and results.json;
         differences: per run after the first its letter, the difference of its top1 to A's, the 95%
             bootstrap interval of that, gained and lost (examples that it alone, or A alone, gets
             right) and p_value (McNemar's test, exact);
@@ -51,9 +49,7 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
     summaries, differences = [], []
     for letter, run in zip(LETTERS, runs):
         _check_comparable(runs[0], run)
-        summary = {key: run.results.get(key) for key in COMPARED}
-        summary |= {"letter": letter, "workdir": str(run.workdir)}
-        summaries.append(summary | {"ece": run.results["calibration"]["ece"]})
+        summaries.append(run.results | {"letter": letter, "workdir": str(run.workdir)})
         differences.append({"letter": letter} | _difference(runs[0], run))
     recalls = zip(*([row["recall"] for row in run.results["per_class"]] for run in runs))
     configs = [flatten(run.config) for run in runs]
@@ -74,22 +70,20 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
 def _check_comparable(a: Run, b: Run) -> None:
     if "per_class" not in b.results:
         raise UserError(f"{b.workdir} is no classification: only these can be compared")
-    names, same = a.results["class_names"], len(a.ids) == len(b.ids)
-    differing = np.flatnonzero((a.ids != b.ids) | (a.labels != b.labels)) if same else ()
+    names, difference = a.results["class_names"], ""
     if names != b.results["class_names"]:
         difference = "their classes differ"
-    elif not same:
+    elif len(a.ids) != len(b.ids):
         difference = f"{len(a.ids)} and {len(b.ids)} examples"
-    elif len(differing):
-        i = differing[0]
+    elif not (same := (a.ids == b.ids) & (a.labels == b.labels)).all():
+        i = same.argmin()
         each = [f"{str(run.ids[i])!r} of class {names[run.labels[i]]!r}" for run in (a, b)]
         difference = f"example {i} is {each[0]} and {each[1]}"
-    else:
-        return
-    raise UserError(
-        f"{a.workdir} and {b.workdir} were tested on different examples ({difference}): "
-        "compare runs evaluated on the same test split"
-    )
+    if difference:
+        raise UserError(
+            f"{a.workdir} and {b.workdir} were tested on different examples ({difference}): "
+            "compare runs evaluated on the same test split"
+        )
 
 
 def _difference(a: Run, b: Run) -> dict[str, Any]:
@@ -114,9 +108,10 @@ def as_text(comparison: dict[str, Any]) -> str:
     table = [[*head, "time", "images/s", "parameters"]]
     for run in runs:
         interval = " to ".join(percent(bound, 2) for bound in run["top1_interval"])
-        scores = [percent(run["top1"], 2), interval, f"{run['loss']:.4f}", percent(run["ece"], 2)]
-        cost = [number(run["images_per_second"]), number(run["parameters"])]
-        table.append([run["letter"], run["workdir"], *scores, duration(run["seconds"]), *cost])
+        loss, ece = f"{run['loss']:.4f}", percent(run["calibration"]["ece"], 2)
+        cost = [number(run.get(key)) for key in ("images_per_second", "parameters")]
+        row = [run["letter"], run["workdir"], percent(run["top1"], 2), interval, loss, ece]
+        table.append([*row, duration(run.get("seconds")), *cost])
     blocks = [f"{comparison['examples']:,} test examples", _aligned(table)]
     for i, row in enumerate(comparison["differences"], start=1):
         low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])

@@ -44,8 +44,7 @@ def evaluate(
 
     Args:
         classifier: at the checkpoint to evaluate.
-        splits: the one to evaluate and, where the run has it, "validation", on which the
-            temperature is fitted.
+        splits: `split` and, where the run has it, "validation", on which a temperature is fitted.
         workdir: of the run.
         split: "train", "validation" or "test".
         checkpoint: the name it goes by: "latest", "best" or a step.
@@ -59,12 +58,14 @@ def evaluate(
             f"the classes of the data are no longer those that {workdir} was trained on: restore "
             "the data, or train again in another --workdir"
         )
-    if split == "test" and is_main():
-        count_test_evaluation(workdir, checkpoint, step)
+    if split == "test" and is_main():  # each look counts: choices belong on validation
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        look = json.dumps({"checkpoint": checkpoint, "step": step, "time": now})
+        files.append_line(workdir / "test_evaluations.jsonl", look, sync=True)
     logits = {name: classifier.logits(part, poll=poll) for name, part in splits.items()}
-    validation = splits.get("validation")
-    fit_on = validation and (logits["validation"], validation.labels)
-    task = classifier.experiment.task
+    task, fit_on = classifier.experiment.task, None
+    if "validation" in splits:
+        fit_on = (logits["validation"], splits["validation"].labels)
     try:
         scores = score(task, logits[split], examples.labels, names, fit_on)
     except ValueError as error:
@@ -95,8 +96,8 @@ def evaluate(
         return results
     official = split == "test" and checkpoint == config.eval.checkpoint
     suffix = "" if official else f"_{split}_{checkpoint}"
-    arrays = {"logits": logits[split], "labels": examples.labels, "ids": np.array(examples.ids)}
     with files.replacing(workdir / f"predictions{suffix}.npz") as file:
+        arrays = {"logits": logits[split], "labels": examples.labels, "ids": examples.ids}
         np.savez_compressed(file, **arrays)
     path = workdir / f"results{suffix}.json"
     write_json(path, results)
@@ -120,20 +121,12 @@ def _mirrored(images: np.ndarray) -> list[np.ndarray]:
 
 def _shifted(images: np.ndarray) -> list[np.ndarray]:
     """Shifted by (1, 1), (0, 0) and (-1, -1) pixels, each with its mirror image: six views."""
-    h, w = images.shape[1:3]
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    shifted = [padded[:, shift : shift + h, shift : shift + w] for shift in (1, 0, 2)]
-    return [view for part in shifted for view in _mirrored(part)]
+    parts = (slice(1, -1), slice(0, -2), slice(2, None))
+    return [view for part in parts for view in _mirrored(padded[:, part, part])]
 
 
 VIEWS = {"flip": _mirrored, "shifts": _shifted}
-
-
-def count_test_evaluation(workdir: Path, checkpoint: str, step: int) -> None:
-    """Counts each look at the test split as it starts: choices belong on validation."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    row = {"checkpoint": checkpoint, "step": step, "time": now}
-    files.append_line(workdir / "test_evaluations.jsonl", json.dumps(row), sync=True)
 
 
 def define_flags() -> None:

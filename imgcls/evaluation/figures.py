@@ -36,18 +36,13 @@ STYLE |= dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), LIGHT[
 STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color"), LIGHT["line"])
 STYLE |= {"text.color": LIGHT["ink"], "svg.fonttype": "none"}  # text in the reader's own font
 STYLE |= {"svg.hashsalt": "imgcls"}  # the same figure gives the same bytes
-
 Axes = Any  # matplotlib.axes.Axes: matplotlib is imported only where a figure is drawn
 
 
 def figure(draw: Callable[..., str], *data: Any, size: tuple[int, int] = (440, 330)) -> Markup:
-    """A `<picture>` for light and dark pages.
+    """A `<picture>` for light and dark pages, of width and height `size` in CSS pixels.
 
-    Args:
-        draw: called with axes and `data`; draws in the colours of LIGHT, and returns in words what
-            the figure shows.
-        data: what to draw.
-        size: width and height in CSS pixels.
+    `draw(axes, *data)` draws in the colours of LIGHT and says in words what the figure shows.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -95,9 +90,7 @@ def _curve(axes: Axes, title: str, series: dict[str, np.ndarray], from_zero: boo
         marker = {"marker": "o", "markersize": 2.5} if len(points) < 40 else {}
         axes.plot(*points.T, color=colour, label=split, clip_on=False, **marker)
     axes.grid(axis="y")
-    axes.set_xlabel("epoch")
-    if from_zero:
-        axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylim=(0 if from_zero else None, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(series) > 1:
         axes.legend()

@@ -12,10 +12,9 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -36,8 +35,7 @@ MATRIX_CLASSES = 20  # the confusion matrix of more is drawn as a picture, not a
 PAIRS = 15  # rows in the table of the classes that are confused most
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A workdir's evaluation: logits float32[N, K], labels int32[N], ids str[N]."""
 
     workdir: Path
@@ -51,8 +49,7 @@ class Run:
 def read_run(workdir: str | Path) -> Run:
     """Reads results.json, predictions.npz and config.json.
 
-    Raises:
-        UserError: a file is missing or broken, or two do not fit together.
+    Raises UserError where a file is missing or broken, or two do not fit together.
     """
     workdir = Path(workdir)
     config = read_json(workdir / "config.json")
@@ -79,13 +76,10 @@ def write_report(
 ) -> Path:
     """Writes `workdir/report.html` from the files of a finished run, and returns its path.
 
-    Args:
-        workdir: has results.json, predictions.npz and config.json, and where there are any
-            metrics.jsonl, test_evaluations.jsonl and SAMPLES.
-        gallery_images: positions int[n] of evaluated examples -> their images uint8[n, H, W, C].
+    Shows metrics.jsonl, test_evaluations.jsonl and SAMPLES where there are any. `gallery_images`
+    maps positions int[n] of evaluated examples to their images uint8[n, H, W, C].
 
-    Raises:
-        UserError: a file is missing or broken, or the page cannot be written.
+    Raises UserError where a file is missing or broken, or the page cannot be written.
     """
     run, samples = read_run(workdir), []
     with contextlib.suppress(OSError, ValueError, EOFError):  # there are none, or not whole
@@ -121,7 +115,7 @@ def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) ->
     shown = np.concatenate([mistakes, unsure])
     return {
         "matrix": _confusion(np.array(run.results["confusion_matrix"])),
-        "worst": worst,  # average precision first
+        "worst": worst,  # lowest average precision first
         "precision_recall": figure(figures.precision_recall, run.logits, run.labels, worst),
         "reliability": figure(figures.reliability, series),
         "confidence_counts": figure(figures.confidence_counts, bins),
@@ -136,8 +130,7 @@ def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) ->
 def write_page(path: Path, template: str, **context: Any) -> Path:
     """Writes a page from a template that extends base.html.j2; every value is escaped.
 
-    Raises:
-        UserError: the file system refuses.
+    Raises UserError where the file system refuses.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -206,14 +199,14 @@ def _confusion(counts: np.ndarray) -> dict[str, Any]:
     worst = np.where(right, 0, share).max() or 1
     shade = np.where(right, share, 0.7 * np.sqrt(share / worst)).clip(max=1)
     largest = np.argsort(-errors, axis=None, kind="stable")[:PAIRS]
-    pairs = zip(*np.unravel_index(largest, errors.shape))
+    pairs = [pair for pair in zip(*np.unravel_index(largest, errors.shape)) if errors[pair]]
     bad, good = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figures.PALETTE[:2])
     pixels = np.dstack([np.where(right[..., None], good, bad), 255 * shade]).astype(np.uint8)
     return {
         "counts": counts,
         "shares": share,
         "heat": np.ceil(10 * shade).astype(int),
-        "pairs": [pair for pair in pairs if errors[pair]],
+        "pairs": pairs,
         "picture": image_uri(pixels, len(counts)) if len(counts) > MATRIX_CLASSES else None,
     }
 

@@ -46,13 +46,9 @@ def evaluate_logits(
     *,
     temperature: float | None = None,
 ) -> dict:
-    """Scores a split, as a dict of plain Python values that `json` writes.
+    """Scores logits float[N, K] of labels int[N], as plain Python values that `json` writes.
 
-    Args:
-        logits: float[N, K].
-        labels: int[N], in [0, K).
-        class_names: the K names.
-        temperature: of `fit_temperature` on another split, for a second set of calibration figures.
+    The temperature of `fit_temperature` on another split adds a second set of calibration figures.
 
     Returns:
         examples; top1, top5 (top min(5, K)) and their 95% intervals; loss (mean NLL in nats);
@@ -66,19 +62,20 @@ def evaluate_logits(
     logits, labels = _checked(logits, labels)
     if len(class_names) != logits.shape[1]:
         raise ValueError(f"{logits.shape[1]} logits an example, but {len(class_names)} class names")
-    accuracy = {}
-    # Ties go to the lower class, as in argmax.
-    hits = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
-    for name, right in (("top1", hits[:, 0]), ("top5", hits.any(axis=1))):
-        interval = wilson_interval(int(right.sum()), len(labels))
-        accuracy |= {name: float(right.mean()), f"{name}_interval": interval}
+    truth = np.take_along_axis(logits, labels[:, None], axis=1)
+    lower = np.arange(logits.shape[1]) < labels[:, None]  # ties go to these, as in argmax
+    rank = ((logits > truth) | ((logits == truth) & lower)).sum(axis=1)
+    n, accuracy = len(labels), {}
+    for k in (1, 5):
+        right = int((rank < k).sum())
+        accuracy |= {f"top{k}": right / n, f"top{k}_interval": wilson_interval(right, n)}
     before, bins = _calibration(logits, labels), reliability(logits, labels)
     calibration = {"bins": BINS, "ece": before["ece"], "reliability": bins}
     calibration["temperature"] = temperature
     if temperature is not None:
         calibration |= {"before": before, "after": _calibration(logits / temperature, labels)}
     return {
-        "examples": len(labels),
+        "examples": n,
         **accuracy,
         "loss": before["loss"],
         "brier": before["brier"],

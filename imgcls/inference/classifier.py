@@ -20,14 +20,10 @@ from imgcls.state import TrainState
 
 
 class Classifier:
-    """A model with its parameters and its preprocessing.
+    """A model with its parameters and its preprocessing, from what its run saved.
 
-    Attributes:
-        experiment: what the run's config names.
-        config: of the run.
-        class_names: by index.
-        state: of training; `state.step` tells which checkpoint.
-        meta: what the run saved with the state.
+    Attributes: `experiment`, its `config` and `class_names`; `state`, whose step tells which
+    checkpoint it is; and `meta`, which was saved with it.
     """
 
     def __init__(self, experiment: Experiment, state: TrainState, meta: dict[str, Any]):
@@ -91,9 +87,7 @@ class Classifier:
 def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     """The classifier that a run trained, from its config.json and its checkpoints alone.
 
-    Args:
-        workdir: of the run.
-        checkpoint: "latest", "best" or a step; by default the one that the run's config names.
+    `checkpoint` is "latest", "best" or a step; by default the one that the run's config names.
 
     Raises:
         UserError, CheckpointError: see `imgcls.errors`.

@@ -11,9 +11,8 @@ size, for any N, to probabilities float32[N, K]; images of another type are refu
     safetensors  the weights alone, named as in params.Conv_0.kernel; config and class names in the
                  metadata as JSON
 
-The file is read back and compared with the model on 256 test images. Nothing is chosen by that: it
-does not count as an evaluation of the test split. Probabilities that differ by more than 1e-4 are
-an error (exit code 1), and the file is not kept.
+The file is read back and compared with the model on 256 test images, which does not count as an
+evaluation. Where probabilities differ by more than 1e-4 it is not kept, and the exit code is 1.
 """
 
 import importlib.util
@@ -91,8 +90,8 @@ def load_onnx(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
 
 
 def to_safetensors(model: FloatModel) -> bytes:
-    metadata = {"config": to_json(model.config), "class_names": model.class_names}
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    names = json.dumps(model.class_names)
+    metadata = {"config": json.dumps(to_json(model.config)), "class_names": names}
     return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)
 
 
@@ -109,13 +108,8 @@ FORMATS = {
 
 
 def export(classifier: Classifier, test: Split, path: Path, *, file_format: str) -> str:
-    """Writes the file, compares it with the model, and returns what was found in a line.
-
-    Args:
-        classifier: at the checkpoint to export.
-        test: what to compare on, its first 256 examples.
-        path: of the file.
-        file_format: a key of `FORMATS`.
+    """Writes the file, compares it with the model on the first 256 examples of `test`, and returns
+    what was found in a line. `file_format` is a key of `FORMATS`.
 
     Raises:
         OSError: the path cannot be written.

@@ -23,15 +23,10 @@ Value = str | np.ndarray  # of a variable: the name of an ONNX value, or the arr
 def to_onnx(
     function: Callable[[jax.Array], jax.Array], spec: jax.ShapeDtypeStruct, names: tuple[str, str]
 ) -> onnx.ModelProto:
-    """A model of `function`.
+    """A model, with these names of its input and output, of a function of one array.
 
-    Args:
-        function: of one array, giving one array.
-        spec: the argument's; of its sizes, one may be symbolic (`jax.export.symbolic_shape`).
-        names: of the model's input and output.
-
-    Raises:
-        UserError: the function uses a primitive that `OPERATIONS` lacks.
+    One size of `spec`, the argument's, may be symbolic (`jax.export.symbolic_shape`). Raises
+    UserError where the function uses a primitive that `OPERATIONS` lacks.
     """
     jaxpr = jax.make_jaxpr(function)(spec)
     graph = _Graph()
@@ -115,10 +110,6 @@ def _cast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
     return graph("Cast", x, to=helper.np_dtype_to_tensor_dtype(eqn.outvars[0].aval.dtype))
 
 
-def _reshape(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
-    return graph("Reshape", x, _sizes(eqn.outvars[0], -1))
-
-
 def _broadcast(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
     shape = _sizes(eqn.outvars[0], 1)  # ONNX broadcasts both ways: 1 leaves the axis as it is
     ones = np.ones(len(shape), np.int64)
@@ -170,6 +161,6 @@ OPERATIONS |= {
     "reduce_max": _reduce("ReduceMax"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
-    "reshape": _reshape,
+    "reshape": lambda graph, eqn, x: graph("Reshape", x, _sizes(eqn.outvars[0], -1)),
     "stop_gradient": _same("Identity"),
 }

@@ -42,7 +42,7 @@ def test_a_paired_difference_by_hand(runs):
     comparison = compare(runs)
     a, b = comparison["runs"]
     assert (a["letter"], a["top1"], b["letter"], b["top1"]) == ("A", 0.89, "B", 0.95)
-    assert (a["seconds"], a["images_per_second"], a["parameters"]) == (60.0, None, 1000)
+    assert (a["seconds"], a.get("images_per_second"), a["parameters"]) == (60.0, None, 1000)
     (row,) = comparison["differences"]
     assert (row["letter"], row["gained"], row["lost"]) == ("B", 8, 2)
     assert row["difference"] == pytest.approx(0.06)
@@ -100,6 +100,15 @@ def test_runs_of_different_test_examples_are_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=f"tested on different examples .{difference}"):
             compare([a, run])
+
+
+def test_a_run_of_another_task_is_refused(runs):
+    results = json.loads((runs[1] / "results.json").read_text())
+    del results["per_class"]
+    (runs[1] / "results.json").write_text(json.dumps(results))
+    for order in (runs, runs[::-1]):
+        with pytest.raises(UserError, match="b is no classification"):
+            compare(order)
 
 
 def test_one_run_is_nothing_to_compare(runs):

@@ -130,6 +130,19 @@ def test_it_says_what_the_files_say(run):
     assert len(page.of("ul", **{"class": "gallery samples"})) == 1
 
 
+def test_a_run_of_another_task_shows_its_figures_and_how_it_was_made(run):
+    results = json.loads((run / "results.json").read_text())
+    kept = {key: results[key] for key in ("examples", "class_names", "seed", "seconds", "versions")}
+    kept |= {"figures": ["loss", "all right"], "loss": 1.25, "all right": 0.5}
+    views = {"views": "flip", "loss": 1.125, "all right": 0.75}
+    (run / "results.json").write_text(json.dumps(kept | {"test_time_augmentation": views}))
+    page = write_report(run, samples=gray_images([1, 2, 3]))
+    assert "1.2500 loss is the mean over 200 examples, 1.1250 with TTA (flip)." in page.words
+    assert "all right 0.5000 0.7500 with TTA (flip) Training time 1 min 15 s" in page.words
+    sections = re.findall("<h2>(.*?)</h2>", page.html)
+    assert sections == ["Learning", "Training images", "How it was made"]
+
+
 def test_galleries_hold_the_surest_mistakes_and_the_least_sure(tmp_path):
     """One example of each kind, by hand; image i has pixels of value i."""
     logits = np.array([[9, 0], [8, 0], [5, 0], [0, 0.1], [0, 7]], np.float32)
