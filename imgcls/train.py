@@ -1,5 +1,6 @@
 """Training: from the last checkpoint in a workdir, if any, to the end and the test split."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -185,8 +186,9 @@ def train(
     if step >= last_step and not validation_due():
         return state, meta
     train_step, eval_step = compile_steps(exp, state)
-    with progress(exp.total_steps, "training", "steps", initial=step) as bar:
-        writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
+    writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
+    bar = progress(exp.total_steps, "training", "steps", initial=step)
+    with contextlib.closing(writer), bar as bar:
         window = MetricWindow(meta["sums"], meta["bad_steps"])
         clock = Clock(meta["seconds"], meta["train_seconds"])
         log = Log(writer, window, clock, bar)
@@ -226,7 +228,6 @@ def train(
             window.add(step, metrics)
             window.wait(ahead=STEPS_AHEAD)
             bar.update()
-    writer.close()
     if stop:
         checkpoints.wait()
         raise stop_agreed.stopped(f"step {step} is saved; the same command resumes")

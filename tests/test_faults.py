@@ -117,6 +117,7 @@ def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
     assert final_arrays(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
     uninterrupted, tmp_path
 ):
@@ -202,6 +203,7 @@ def test_only_damaged_checkpoints_are_an_error_of_the_command(whole_run, tmp_pat
     assert "error: " in result.stderr and "none of the checkpoints" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupted, tmp_path):
     config = small_config(**LONGER)
     process = start(tmp_path, config)

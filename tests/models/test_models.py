@@ -79,7 +79,9 @@ def test_bfloat16_computes_what_float32_does(name):
     assert (a != b).any()  # it really computes in another precision
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["cnn", "mlp", "resnet", pytest.param("wide_resnet", marks=pytest.mark.slow)]
+)
 def test_every_derivative_exists_and_the_operations_for_cpus_keep_it(name, monkeypatch):
     monkeypatch.setitem(resnet.STAGES, 18, ((1,), False))  # or compilation takes a minute
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -55,6 +55,7 @@ def finish(*processes) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one_with_two_devices(tmp_path):
     config = small_config(augment__rotate_degrees=0.0, augment__zoom_fraction=0.0)  # compile faster
     finish(start(tmp_path / "one", config, devices=2))
