@@ -1,6 +1,6 @@
 """Trains an image classifier, or resumes it: the same as `python -m imgcls train`.
 
-    python main.py --config=configs/cifar10.py --workdir=runs/cifar10 [--config.key=value ...]
+python main.py --config=configs/cifar10.py --workdir=runs/cifar10 [--config.key=value ...]
 """
 
 import sys
