@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from imgcls import experiment, load
+from imgcls.config import to_json
 from imgcls.errors import UserError
 from imgcls.evaluation import evaluate as evaluation
+from imgcls.experiment import load_config
 from imgcls.run import machine
+from imgcls.run.checkpoint import Checkpoints
+from imgcls.run.workdir import write_json
 from imgcls.train import train_and_evaluate
 from tests.helpers import ROOT, as_users, small_config
 
@@ -59,6 +63,17 @@ def test_the_test_split_again_gives_the_same_and_is_counted(finished):
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert len(seals()) == looks + 1
     assert json.loads(seals()[-1]).items() >= {"checkpoint": "latest", "step": 20}.items()
+
+
+def test_load_takes_the_checkpoint_that_the_config_names(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    Checkpoints(workdir / "checkpoints").record(15, {"top1": 1.0})
+    for named, step in (("latest", 20), ("best", 15)):
+        config = load_config(workdir)
+        config.eval.checkpoint = named
+        write_json(workdir / "config.json", to_json(config))
+        assert load(workdir).state.step == step
+        assert load(workdir, "15").state.step == 15
 
 
 def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished, monkeypatch):
