@@ -74,7 +74,7 @@ def command(name: str) -> Any:
     """What `cli.run` needs of a command: `define_flags`, `main(arguments)` and a docstring."""
     match name:  # only what is asked for is imported
         case "train":
-            module = Train
+            module: Any = Train
         case "evaluate":
             from imgcls.evaluation import evaluate as module
         case "predict":

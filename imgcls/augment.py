@@ -149,7 +149,7 @@ def mixup_or_cutmix(
 
 
 # In order of application.
-AUGMENTATIONS = {
+AUGMENTATIONS: dict[str, Callable[..., Examples]] = {
     "flip_probability": flip,
     "rotate_degrees": rotate,
     "zoom_fraction": zoom,
@@ -162,7 +162,7 @@ AUGMENTATIONS = {
     "cutmix_alpha": cutmix,
 }
 # What two that are both on become: (rng, rng, images, labels, strength, strength) -> the same.
-PAIRS = {
+PAIRS: dict[tuple[str, ...], Callable[..., Examples]] = {
     ("rotate_degrees", "zoom_fraction"): rotate_and_zoom,
     ("mixup_alpha", "cutmix_alpha"): mixup_or_cutmix,
 }
@@ -190,7 +190,7 @@ def compose(**values: float) -> Augment:
     if unknown := values.keys() - known:
         raise TypeError(f"there is no augmentation {', '.join(sorted(unknown))}")
     on = [name for name in AUGMENTATIONS if values.get(name, 0) > 0]
-    pairs = [pair for pair in PAIRS if set(pair) <= set(on)]
+    pairs: list[tuple[str, ...]] = [pair for pair in PAIRS if set(pair) <= set(on)]
     groups = pairs + [(name,) for name in on if not any(name in pair for pair in pairs)]
     groups.sort(key=lambda names: on.index(names[0]))
 

@@ -154,7 +154,7 @@ def default_config(
         optimizer: a name of `OPTIMIZERS`.
         task: a name of `TASKS`.
     """
-    chosen = {"model.name": model, "optim.name": optimizer, "task.name": task}
+    chosen: dict[str, Any] = {"model.name": model, "optim.name": optimizer, "task.name": task}
     if model not in MODELS and (match := re.fullmatch(r"(\w+?)(\d+)", model)):
         chosen |= {"model.name": match[1], "model.depth": int(match[2])}
     keys = keys_of(chosen)
@@ -165,11 +165,11 @@ def keys_of(config: Any) -> dict[str, Key]:
     """The keys of a config, flat or not, with the model, optimiser and task that it names."""
     keys, flat = dict(KEYS), flatten(config)
     for section, table in (("task", TASKS), ("model", MODELS), ("optim", optim.OPTIMIZERS)):
-        name = flat.get(f"{section}.name")
+        name: Any = flat.get(f"{section}.name")
         _check(f"{section}.name", name, KEYS[f"{section}.name"].rule)
         keys |= _own_keys(section, name, table[name])
     for name, function in augment.AUGMENTATIONS.items():
-        meaning = inspect.getdoc(function).partition("\n")[0]
+        meaning = (inspect.getdoc(function) or "").partition("\n")[0]
         off, rule = 0.0, _up_to(augment.LIMITS.get(name, math.inf))
         if name.endswith("_pixels"):
             off, rule = 0, COUNT_OR_ZERO
@@ -329,7 +329,7 @@ def describe(argv: list[str]) -> str:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"optim.learning_rate": 0.1, ...}"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | dict):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -5,7 +5,9 @@ are read from its docstring.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +95,7 @@ def orthogonalize(kernel: jax.Array) -> jax.Array:
     x /= jnp.linalg.norm(x) + 1e-8
     tall = x.shape[0] > x.shape[1]
     square = matmul(x.T, x) if tall else matmul(x, x.T)
-    product = None
+    product: Any = None
     for _ in range(ITERATIONS):
         q = a * jnp.eye(len(square)) + b * square + c * matmul(square, square)
         product = q if product is None else matmul(q, product)
@@ -180,7 +182,7 @@ def kernels_dense_and_biases(params: optax.Params) -> optax.Params:
     return unflatten_dict({path: label(path) for path in flat})
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": _sgd,
     "adamw": _adamw,
     "lion": _lion,

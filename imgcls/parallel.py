@@ -34,7 +34,7 @@ def put_batch(
     """The global batch `read(indices)` on the devices; a process reads only the rows of its own."""
     sharding = split_by_example(mesh)
     local = sharding.addressable_devices_indices_map(indices.shape)
-    rows = [slice(*index[0].indices(len(indices))) for index in local.values()]
+    rows = [slice(*index[0].indices(len(indices))) for index in local.values() if index]
     start, stop = min(r.start for r in rows), max(r.stop for r in rows)
     batch = read(indices[start:stop])
     return {

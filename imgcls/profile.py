@@ -56,7 +56,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
             jax.block_until_ready(metrics)
             milliseconds = 1000 * (time.perf_counter() - started) / steps
     folder = max((workdir / "profile" / "plugins" / "profile").iterdir())
-    operations = _operations(folder, train_step.as_text(), steps)
+    operations = _operations(folder, train_step.as_text() or "", steps)
     say(f"a step takes {milliseconds:.1f} ms while it is traced; of that, in operations:")
     for name, source, spent in operations[:SHOWN]:
         say(f"{spent:10.2f} ms {spent / milliseconds:6.1%}  {name:32s} {source[-80:]}")
@@ -68,7 +68,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
 def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, float]]:
     """The operations of the compiled `program`, an HLO text, found in the trace in `folder`."""
     sources = dict(re.findall(r'%([\w.-]+) = .* metadata=\{.*?op_name="([^"]*)"', program))
-    module = re.match(r"HloModule (\w+)", program)[1]
+    module = re.findall(r"HloModule (\w+)", program)[0]
     spent: Counter[str] = Counter()
     (path,) = folder.glob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:

@@ -21,7 +21,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def normalize(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+def normalize(images: Any, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """uint8 in [0, 255], or float in [0, 1], to float32 less `mean`, over `std`, a channel each."""
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
@@ -133,7 +133,7 @@ def _unrolled_scan(body: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, 
     leaves, structure = jax.tree.flatten(xs)
     outputs = []
     for x in zip(*leaves):
-        carry, output = body(carry, structure.unflatten(x))
+        carry, output = body(carry, jax.tree.unflatten(structure, x))
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -146,7 +146,7 @@ def predict_step(
     preprocess: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Images uint8[B, H, W, C] -> logits float32[B, K]."""
-    return model.apply(state.eval_variables, preprocess(images), train=False)
+    return model.apply(state.eval_variables, preprocess(images), train=False)  # type: ignore
 
 
 def eval_step(

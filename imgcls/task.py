@@ -5,13 +5,16 @@ example. Training minimises the mean of the figure "loss". The steps sum every f
 logged under its name in training and in validation. The fields of a task are config keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array
+
+Array = jax.Array | np.ndarray
 
 
 class Task(Protocol):
@@ -26,7 +29,7 @@ class Task(Protocol):
         """
         ...
 
-    def probabilities(self, logits: Array) -> Array:
+    def probabilities(self, logits: Array) -> jax.Array:
         """logits [B, K] to what prediction shows, [B, K] in [0, 1]."""
         ...
 
@@ -57,7 +60,7 @@ class Classification:
             loss *= targets @ balanced_weights(self.class_counts)
         return {"loss": loss, "top1": logits.argmax(-1) == targets.argmax(-1)}
 
-    def probabilities(self, logits: Array) -> Array:
+    def probabilities(self, logits: Array) -> jax.Array:
         return jax.nn.softmax(logits)
 
 
@@ -67,4 +70,4 @@ def balanced_weights(counts: tuple[int, ...]) -> Array:
     return jnp.where(n > 0, n.sum() / ((n > 0).sum() * jnp.maximum(n, 1)), 0)
 
 
-TASKS = {"classification": Classification}
+TASKS: dict[str, Callable[..., Task]] = {"classification": Classification}

@@ -236,7 +236,7 @@ def train(
 
 def compile_steps(
     exp: Experiment, state: TrainState
-) -> tuple[Callable[[int], jax.stages.Compiled], jax.stages.Compiled | None]:
+) -> tuple[Callable[[int], jax.stages.Compiled], Any]:
     """The training step's program by number of the step, and that of validation, if there is any.
 
     The program for images of full size is compiled in the background while small ones are used.

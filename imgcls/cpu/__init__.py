@@ -15,7 +15,7 @@ from imgcls.cpu.onednn import has_bfloat16, identity, use_threads
 __all__ = ["has_bfloat16", "identity", "ops", "use_threads"]
 
 
-def ops(dtype: jax.typing.DTypeLike) -> dict[str, Callable[..., Any]]:
+def ops(dtype: str) -> dict[str, Callable[..., Any]]:
     """The operations that a model computing in `dtype` should take in the place of Linen's.
 
     Keys are fields of a model: "norm", "pool", "act", and "conv" where oneDNN works. Empty unless

@@ -16,7 +16,7 @@ from imgcls.cpu.derivatives import differentiable
 from imgcls.cpu.onednn import HWIO, NHWC, Convolution
 
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
-USUAL = {"dimension_numbers": LAYOUT, "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+USUAL: dict = {"dimension_numbers": LAYOUT, "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
 USUAL |= {"feature_group_count": 1, "batch_group_count": 1}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
 # Stride, images, pixels a side, channels in and out of the convolutions that it computes: with
@@ -51,7 +51,7 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
 
 
 @functools.cache
-def _operation(conv: Convolution) -> Callable[..., tuple[jax.Array]]:
+def _operation(conv: Convolution) -> Callable[..., tuple[jax.Array, ...]]:
     def plain(lhs, rhs):
         window = {"window_strides": conv.strides, "padding": conv.padding}
         return (lax.conv_general_dilated(lhs, rhs, **window, dimension_numbers=LAYOUT),)
@@ -84,7 +84,7 @@ def target(kind: str, conv: Convolution) -> str:
 
 
 @functools.cache
-def why_unavailable(dtype: jax.typing.DTypeLike) -> str | None:
+def why_unavailable(dtype: str) -> str | None:
     """Says why oneDNN cannot convolve arrays of `dtype`; None if it can. Never raises.
 
     The first call for a dtype compares small convolutions and their gradients with those of lax. It

@@ -40,7 +40,7 @@ _FRAME = _struct(
 )
 _HANDLER = C.CFUNCTYPE(C.c_void_p, C.POINTER(_FRAME))
 
-handlers = {}  # XLA holds bare pointers to these, for ever
+handlers: dict[str, object] = {}  # XLA holds bare pointers to these, for ever
 
 
 def register(name: str, run: Callable[..., None]) -> None:

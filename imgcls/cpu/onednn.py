@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,7 @@ class _Runtime:
         """Executes `desc`, by a call through `library`, on {number: memory}."""
         layout = self.query(desc, QUERY_SCRATCHPAD)
         scratch = self.memory(layout)
-        pairs = [*memories.items(), (SCRATCHPAD, scratch)]
+        pairs = [_Argument(*pair) for pair in (*memories.items(), (SCRATCHPAD, scratch))]
         handle, arguments = self.make("primitive_create", desc), (_Argument * len(pairs))(*pairs)
         execute = library.dnnl_primitive_execute
         run = lambda: _check(execute(handle, self.stream, len(arguments), arguments))
@@ -165,7 +166,7 @@ def isa() -> int:
     return _runtime().library.dnnl_get_effective_cpu_isa()
 
 
-def identity() -> dict[str, str | int]:
+def identity() -> dict[str, Any]:
     """What decides the bits of a result, besides its operands."""
     library = _runtime().library
     return {

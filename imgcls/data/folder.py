@@ -108,9 +108,9 @@ def walk(
         return
     folders, files = scan(directory, follow_links)
     yield from files
-    options = {"follow_links": follow_links, "refuse_loops": refuse_loops, "above": (*above, real)}
+    how: Any = {"follow_links": follow_links, "refuse_loops": refuse_loops, "above": (*above, real)}
     for entry in folders:
-        yield from walk(entry.path, **options)
+        yield from walk(entry.path, **how)
 
 
 def scan(directory: str, follow_links: bool) -> tuple[list[_Entry], list[_Entry]]:
@@ -133,7 +133,7 @@ def scan(directory: str, follow_links: bool) -> tuple[list[_Entry], list[_Entry]
 
 
 def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
-    classes = {}
+    classes: _Split = {}
     for folder in scan(directory, follow_links)[0]:
         classes[folder.name] = files = []
         for entry in walk(folder.path, follow_links=follow_links):

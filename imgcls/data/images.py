@@ -2,7 +2,6 @@
 
 import io
 import os
-from typing import Literal
 
 import numpy as np
 import PIL
@@ -39,15 +38,15 @@ def decode_image(
     Raises:
         BadExampleError: no such picture, damaged, unreadable, or of more than `MAX_PIXELS`.
     """
-    encoded = isinstance(source, bytes)
     try:
-        with Image.open(io.BytesIO(source) if encoded else source, formats=FORMATS) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise Image.DecompressionBombError(f"{size} is over {MAX_PIXELS:,} pixels")
             return _to_array(image, channels)
     except Exception as error:  # on damaged files Pillow raises nearly every type there is
-        where = printable(name if encoded else source)
+        where = printable(name if isinstance(source, bytes) else source)
         raise BadExampleError(f"{where}: {_reason(error, source)}") from error
 
 
@@ -76,9 +75,7 @@ def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
     return printable(" ".join(text.split()))
 
 
-def fit_image(
-    image: np.ndarray, *, image_size: tuple[int, int], resize: Literal["squash", "crop"]
-) -> np.ndarray:
+def fit_image(image: np.ndarray, *, image_size: tuple[int, int], resize: str) -> np.ndarray:
     """Resizes uint8[h, w, c], with c of 1 or 3, to uint8[*image_size, c].
 
     An image of that size is returned as it is. "squash" keeps the whole image, whatever its
@@ -90,5 +87,5 @@ def fit_image(
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     fit = ImageOps.fit if resize == "crop" else Image.Image.resize
     # Pillow's BILINEAR widens when shrinking, so that nothing aliases. LANCZOS overshoots at edges.
-    picture = fit(picture, tuple(image_size[::-1]), Image.Resampling.BILINEAR)
+    picture = fit(picture, (image_size[1], image_size[0]), Image.Resampling.BILINEAR)
     return np.asarray(picture).reshape(*image_size, channels)

@@ -45,7 +45,7 @@ def _download(name: str, root: Path) -> Path:
     what = name
     # Without a network, TFDS would retry for minutes, and wait for ever.
     downloader.MAX_RETRIES = 2
-    requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))
+    requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))  # type: ignore
     try:
         builder = tfds.builder(name, data_dir=root)
         check_features(name, builder)

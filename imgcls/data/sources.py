@@ -4,7 +4,7 @@ To add a dataset, write `open_mine(*, channels, data_dir, **_) -> dict[str, Sour
 this package and name it in `SOURCES`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from imgcls.data.digits import open_digits
@@ -28,7 +28,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-SOURCES = {"digits": open_digits, "image_folder": open_folder}
+SOURCES: dict[str, Callable[..., Any]] = {"digits": open_digits, "image_folder": open_folder}
 
 
 def open_sources(

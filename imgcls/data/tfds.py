@@ -70,7 +70,7 @@ class TfdsSource:
 
 def open_tfds(
     name: str, *, data_dir: str | None, channels: int, others: Sequence[str] = ()
-) -> dict[str, TfdsSource]:
+) -> dict[str, Any]:
     """Opens the splits of NAME[/CONFIG][:VERSION], of the newest version that `data_dir` holds.
 
     The first use prepares the dataset in a child process, for as long as its download takes.
@@ -98,7 +98,7 @@ def open_tfds(
     return {split: TfdsSource(builder, split, channels) for split in builder.info.splits}
 
 
-def parse(name: str) -> tuple[str, str | None, str | None]:
+def parse(name: str) -> tuple[str | Any, ...]:
     """Splits NAME[/CONFIG][:VERSION]."""
     if not (match := _NAME.fullmatch(name)):
         raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]")
@@ -160,6 +160,7 @@ def _prepare_in_child(name: str, root: Path) -> Path:
         cwd=Path(__file__).parents[2],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"},
     ) as child:
+        assert child.stdin and child.stdout
         try:
             while child.poll() is None:
                 signals.poll()

@@ -97,7 +97,7 @@ def evaluate(
     official = split == "test" and checkpoint == config.eval.checkpoint
     suffix = "" if official else f"_{split}_{checkpoint}"
     with files.replacing(workdir / f"predictions{suffix}.npz") as file:
-        arrays = {"logits": logits[split], "labels": examples.labels, "ids": examples.ids}
+        arrays: Any = {"logits": logits[split], "labels": examples.labels, "ids": examples.ids}
         np.savez_compressed(file, **arrays)
     path = workdir / f"results{suffix}.json"
     write_json(path, results)

@@ -29,9 +29,9 @@ TITLES = {"loss": "Loss", "top1": "Top-1 accuracy", "learning_rate": "Learning r
 TITLES |= {"images_per_second": "Training images per second"}
 OF_TRAINING = ("learning_rate", "images_per_second")
 
-STYLE = {"font.size": 8.5, "axes.axisbelow": True, "grid.linewidth": 0.6, "lines.linewidth": 1.4}
+STYLE: Any = {"font.size": 8.5, "grid.linewidth": 0.6, "lines.linewidth": 1.4}
 STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
-STYLE |= dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0)
+STYLE |= dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0) | {"axes.axisbelow": True}
 STYLE |= dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), LIGHT["muted"])
 STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color"), LIGHT["line"])
 STYLE |= {"text.color": LIGHT["ink"], "svg.fonttype": "none"}  # text in the reader's own font

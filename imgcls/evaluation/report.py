@@ -132,9 +132,9 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
 
     Raises UserError where the file system refuses.
     """
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    loader = jinja2.PackageLoader("imgcls.evaluation")  # its templates
-    environment = jinja2.Environment(loader=loader, autoescape=True, **options)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.loader = jinja2.PackageLoader("imgcls.evaluation")  # its templates
+    environment.undefined = jinja2.StrictUndefined
     for function in (percent, duration, number, plain, sha256):
         environment.filters[function.__name__] = function
     context |= {"light": figures.LIGHT, "dark": figures.DARK, "palette": figures.PALETTE}

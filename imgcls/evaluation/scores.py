@@ -4,6 +4,7 @@ Everything is computed on the host in float64, from each example once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax, softmax
@@ -65,7 +66,7 @@ def evaluate_logits(
     truth = np.take_along_axis(logits, labels[:, None], axis=1)
     lower = np.arange(logits.shape[1]) < labels[:, None]  # ties go to these, as in argmax
     rank = ((logits > truth) | ((logits == truth) & lower)).sum(axis=1)
-    n, accuracy = len(labels), {}
+    n, accuracy = len(labels), dict[str, Any]()
     for k in (1, 5):
         right = int((rank < k).sum())
         accuracy |= {f"top{k}": right / n, f"top{k}_interval": wilson_interval(right, n)}
@@ -116,7 +117,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict]:
     confidence = softmax(np.asarray(logits, np.float64), axis=1).max(axis=1)
     correct = logits.argmax(axis=1) == labels
     bin_of = np.ceil(confidence * BINS).clip(1, BINS) - 1
-    bins = []
+    bins: list[dict[str, Any]] = []
     for m in range(BINS):
         inside = bin_of == m
         bins.append({"lower": m / BINS, "upper": (m + 1) / BINS, "count": int(inside.sum())})

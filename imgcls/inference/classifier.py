@@ -65,21 +65,21 @@ class Classifier:
             quiet: show no progress.
         """
 
-        def read(indices: np.ndarray) -> dict[int, np.ndarray]:
-            return dict(enumerate(views(split.read(indices)["image"])))
+        def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+            return {str(i): x for i, x in enumerate(views(split.read(indices)["image"]))}
 
         # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
         devices = jax.device_count()
         enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
         batch_size = min(self.experiment.eval_batch_size, enough)
-        rows = [np.zeros((0, len(self.class_names)), np.float32)]
+        rows: list[np.ndarray] = [np.zeros((0, len(self.class_names)), np.float32)]
         shown = (len(split), f"evaluating {split.name}", "images")
         with tqdm(disable=True) if quiet else progress(*shown) as bar:
             for indices in eval_order(len(split), batch_size=batch_size):
                 poll()
                 images = put_batch(read, indices, self.experiment.mesh).values()
                 logits = [np.asarray(self._predict(self.state, view)) for view in images]
-                rows.append((sum(logits) / len(logits))[: int((indices >= 0).sum())])
+                rows.append(np.asarray(sum(logits) / len(logits))[: int((indices >= 0).sum())])
                 bar.update(len(rows[-1]))
         return np.concatenate(rows)
 

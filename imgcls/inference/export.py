@@ -57,7 +57,7 @@ class FloatModel:
     def apply(self, variables: Any, images: jax.Array) -> jax.Array:
         """Probabilities float32[N, K] of images uint8[N, H, W, C]."""
         images = self._experiment.preprocess(images)
-        logits = self._model.apply(variables, images, train=False)
+        logits: Any = self._model.apply(variables, images, train=False)
         return self._experiment.task.probabilities(logits)
 
     def __call__(self, images: jax.Array) -> jax.Array:

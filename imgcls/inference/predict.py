@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
     bad = 0
     for path, found in zip(paths, predict(classifier, paths)):
-        row, text = {"path": path}, f"{printable(path):<{wide}}"
+        row, text = dict[str, object](path=path), f"{printable(path):<{wide}}"
         if isinstance(found, BadExampleError):
             bad += 1
             print(f"error: {found}", file=sys.stderr)

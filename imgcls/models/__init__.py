@@ -6,7 +6,9 @@ A model is built as `MODELS[name](num_classes=..., **fields)` and called as
 The operations are fields, too: conv, norm, pool (2x2 maximum) and act, as far as a model uses them.
 """
 
+from typing import Any
+
 from imgcls.models.cnn import CNN, MLP
 from imgcls.models.resnet import ResNet, WideResNet
 
-MODELS = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}
+MODELS: dict[str, Any] = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}

@@ -164,9 +164,9 @@ class Checkpoints:
         named = {str(step): step for step in steps} | {"latest": steps[-1], "best": self._best()}
         if which not in named:
             raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
-        if named[which] is None:
+        if (step := named[which]) is None:
             raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
-        return named[which]
+        return step
 
     def _best(self) -> int | None:
         scored = [(self._scores[step], step) for step in self.steps() if self._scores.get(step)]
@@ -288,7 +288,7 @@ def _hashes(leaf: jax.Array | np.ndarray, ranges: Iterable[str] = ("[]",)) -> di
     else:
         name = lambda index: json.dumps([s.indices(n)[:2] for s, n in zip(index, leaf.shape)])
         parts = {name(shard.index): np.asarray(shard.data) for shard in leaf.addressable_shards}
-    contents = {r: np.ascontiguousarray(part).view(np.uint8) for r, part in parts.items()}
+    contents = {r: np.ascontiguousarray(part).view(np.uint8).data for r, part in parts.items()}
     return {r: hashlib.sha256(content).hexdigest() for r, content in contents.items()}
 
 

@@ -66,7 +66,7 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
-        code = error.code
+        code = error.code or 0
     except BaseException as error:
         known = error if isinstance(error, ImgclsError) else out_of_memory(error)
         if known is None or "--debug" in argv:
@@ -79,7 +79,7 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
             stream.flush()
     if signals.left_behind() or jax.distributed.is_initialized():
         # A compilation or a save that hangs, or a peer that is gone, must not hold the process.
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
 
 

@@ -82,7 +82,7 @@ def lock(
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_no_link(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise UserError(refused(error.strerror)) from None
+        raise UserError(refused(str(error.strerror))) from None
     with open(descriptor, "r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

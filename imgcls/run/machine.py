@@ -27,7 +27,7 @@ CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go firs
 
 def start() -> None:
     """To be called once by a process, before JAX computes anything."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
         # Small programs, too: compiled anew, the start-up check of oneDNN takes a second longer.
@@ -73,7 +73,7 @@ def reproducibility_facts() -> dict[str, Any]:
     facts = {
         "jaxlib": importlib.metadata.version("jaxlib"),
         "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
-        "prng": jax.config.jax_default_prng_impl,
+        "prng": jax.config.jax_default_prng_impl,  # type: ignore[attr-defined]
     }
     # XLA has a thread for each core.
     return facts | ({"cpu_cores": cpu_cores()} if device.platform == "cpu" else {})
@@ -98,7 +98,7 @@ def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 def cpu_cores() -> int:
     """Those that this process may use, where the system tells (Linux), else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:

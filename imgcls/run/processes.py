@@ -49,7 +49,7 @@ def session(
         PeerError: another process died, as seen by a collective operation of this one.
     """
     names = ("coordinator_address", "num_processes", "process_id")
-    given = dict(zip(names, (coordinator_address, num_processes, process_id)))
+    given: dict[str, Any] = dict(zip(names, (coordinator_address, num_processes, process_id)))
     if set(given.values()) == {None}:
         several = _detects_several()
     elif several := num_processes != 1:
@@ -105,9 +105,9 @@ class Agreement:
 
     def __call__(self) -> bool:
         if jax.process_count() == 1:
-            return self._stop.requested is not None
+            return bool(self._stop.requested)
         if not self._signal:
-            signal = lambda rows: {"signal": np.full(len(rows), self._stop.requested or 0)}
+            signal = lambda rows: {"signal": np.full(len(rows), self._stop.requested)}
             batch = put_batch(signal, np.arange(jax.device_count()), self._mesh)
             self._asked.append(self._max(batch["signal"]))
             if len(self._asked) > self._delay:

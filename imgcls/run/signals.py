@@ -9,7 +9,7 @@ from typing import Any
 
 from imgcls.errors import Stopped
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 _futures: list[Future] = []  # of the threads of `in_thread` that are at work
 _active: "StopSignal | None" = None  # signals are the process's, so there is one
@@ -23,7 +23,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.requested: int | None = None
+        self.requested = 0  # the signal, once there was one
 
     def __enter__(self) -> "StopSignal":
         global _active
@@ -48,7 +48,7 @@ class StopSignal:
     def _watch(self, reader: int) -> None:
         while numbers := os.read(reader, 1):
             if numbers[0] in EXIT_CODES:
-                if self.requested is not None:
+                if self.requested:
                     os._exit(EXIT_CODES[numbers[0]])
                 self.requested = numbers[0]
         os.close(reader)
@@ -61,7 +61,7 @@ class StopSignal:
 
 def poll() -> None:
     """Raises Stopped where a signal came before there was anything to save. From any thread."""
-    if _active is not None and _active.requested is not None:
+    if _active is not None and _active.requested:
         raise _active.stopped("nothing to save yet")
 
 
