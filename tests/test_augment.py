@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy.ndimage import map_coordinates
 
 from imgcls import augment
 from imgcls.augment import AUGMENTATIONS, compose, resized
@@ -283,6 +284,18 @@ def test_an_augmentation_takes_keyword_arguments_of_its_own(monkeypatch):
         assert (images == own.get("erase_value", 0.5)).all()
     with pytest.raises(TypeError, match="no augmentation erase_vale"):
         compose(erase_probability=1.0, erase_vale=1.0)
+
+
+def test_any_turn_and_scale_is_interpolated_as_by_scipy():
+    images = np.random.default_rng(0).random((2, 9, 7, 1)).astype(np.float32)
+    radians, scales = np.array([0.4, -1.1]), np.array([1.3, 0.7])
+    found = augment.resample(images, jnp.float32(radians), jnp.float32(scales))
+    for image, turn, scale, ours in zip(images[..., 0], radians, scales, found[..., 0]):
+        y, x = np.mgrid[:9, :7] - np.array([4, 3])[:, None, None]
+        cos, sin = np.cos(turn) / scale, np.sin(turn) / scale
+        where = [cos * y + sin * x + 4, cos * x - sin * y + 3]
+        theirs = map_coordinates(image, where, order=1, mode="mirror")
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_nothing_on_is_the_identity():

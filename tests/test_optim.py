@@ -48,6 +48,18 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twice_the_weight_decay_shrinks_twice_as_much(name):
+    def shrunk(weight_decay):
+        schedule = optax.constant_schedule(0.1)
+        tx = create_optimizer(name, schedule, learning_rate=0.1, weight_decay=weight_decay)
+        updates, _ = tx.update(ZEROS, tx.init(PARAMS), PARAMS)
+        return np.array([-updates[layer]["kernel"].mean() for layer in ("conv", "dense")])
+
+    np.testing.assert_allclose(shrunk(0.2), 2 * shrunk(0.1), rtol=1e-4)
+    assert (shrunk(0.1) > 0).all() and (shrunk(0.0) == 0).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
     own = {"muon_sgd": {"dense_learning_rate": 0.02, "bias_learning_rate": 0.02}}.get(name, {})
     tx = create_optimizer(
@@ -87,13 +99,13 @@ def test_muon_sgd_has_a_learning_rate_of_its_own_for_dense_layers_and_for_biases
         bias_learning_rate=5.0,
     )
     params = {
-        "head": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)},
+        "block": {"head": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}},
         "Dense_like_norm": {"bias": jnp.ones(4)},
     }
     updates, _ = tx.update(params, tx.init(params), params)
     nesterov = 1 + 0.85
-    assert jnp.allclose(updates["head"]["kernel"], -0.5 * 0.1 * nesterov)
-    assert jnp.allclose(updates["head"]["bias"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["block"]["head"]["kernel"], -0.5 * 0.1 * nesterov)
+    assert jnp.allclose(updates["block"]["head"]["bias"], -0.5 * 0.1 * nesterov)
     assert jnp.allclose(updates["Dense_like_norm"]["bias"], -0.5 * 10 * nesterov)
 
 
