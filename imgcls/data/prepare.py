@@ -105,8 +105,8 @@ def _say(text: str) -> None:
     print(f"imgcls: {text}", file=sys.stderr, flush=True)
 
 
-def _end_with_parent(folder: Path) -> None:
-    others = {*folder.rglob("incomplete.*/")}
+def _end_with_parent(folder: Path, others: set[Path]) -> None:
+    """Removes what this process left unfinished, but not the `others`, which were there before."""
     os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone, however it ended
     for unfinished in {*folder.rglob("incomplete.*/")} - others:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -115,7 +115,8 @@ def _end_with_parent(folder: Path) -> None:
 
 def main() -> None:
     name, root = sys.argv[1], Path(sys.argv[2])
-    arguments = (root / parse(name)[0],)
+    folder = root / parse(name)[0]
+    arguments = (folder, {*folder.rglob("incomplete.*/")})
     threading.Thread(target=_end_with_parent, args=arguments, daemon=True).start()
     logging.getLogger().setLevel(logging.ERROR)  # each retry would be a warning
     try:
