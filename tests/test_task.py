@@ -49,5 +49,6 @@ def test_of_another_task_the_means_of_its_figures_are_the_scores():
     labels = np.array([[1.0, 0, 0], [0.0, 0, 0]], np.float32)
     found = score(Halves(), np.asarray(LOGITS), labels, "abc")
     assert found == {"examples": 2, "figures": ["loss", "right"], "loss": 2.0, "right": 0.5}
+    assert score(Classification(), np.asarray(LOGITS), labels, "abc")["figures"] == ["loss", "top1"]
     with pytest.raises(ValueError, match="not finite"):
         score(Halves(), np.full_like(LOGITS, np.inf), labels, "abc")

@@ -7,7 +7,14 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-from imgcls.evaluation.scores import evaluate_logits, fit_temperature, reliability, wilson_interval
+from imgcls.evaluation.scores import (
+    evaluate_logits,
+    fit_temperature,
+    reliability,
+    score,
+    wilson_interval,
+)
+from imgcls.task import Classification
 
 NAMES = tuple("abcdefg")
 
@@ -107,8 +114,9 @@ def test_a_class_that_does_not_occur(split):
 
 
 def test_a_class_never_predicted_counts_as_zero_in_the_average():
-    logits = np.array([[2.0, 0, -9], [0, 2, -9], [2, 0, -9]])
-    scores = evaluate_logits(logits, np.array([0, 1, 2]), "abc")
+    logits = np.array([[2.0, 0, -9, -9], [0, 2, -9, -9], [2, 0, -9, -9]])
+    scores = evaluate_logits(logits, np.array([0, 1, 2]), "abcd")  # nor does d occur
+    assert np.shape(scores["confusion_matrix"]) == (4, 4)
     assert scores["per_class"][2]["precision"] is None
     assert scores["per_class"][2]["f1"] == 0
     assert scores["macro"]["precision"] == pytest.approx((0.5 + 1 + 0) / 3)
@@ -134,6 +142,8 @@ def test_temperature_undoes_a_known_overconfidence():
     probs = softmax(logits, axis=1)
     labels = (probs.cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
     assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
+    scored = score(Classification(), logits, labels, "abcd", validation=(3 * logits, labels))
+    assert scored["calibration"]["temperature"] == fit_temperature(3 * logits, labels)
     scores = evaluate_logits(3 * logits, labels, "abcd", temperature=3.0)
     before, after = scores["calibration"]["before"], scores["calibration"]["after"]
     assert before["loss"] == scores["loss"] and before["ece"] == scores["calibration"]["ece"]
