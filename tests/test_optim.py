@@ -1,5 +1,6 @@
 """Schedules reach what they promise; optimisers move the right parameters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -47,6 +48,25 @@ def test_weight_decay_shrinks_kernels_and_nothing_else(name):
     for layer, by in zip(("conv", "dense"), shrinks):
         np.testing.assert_allclose(new[layer]["kernel"], 1 - by, rtol=1e-6)
     assert (new["conv"]["bias"] == 1).all() and (new["dense"]["scale"] == 1).all()
+
+
+def test_the_step_schedule_divides_by_ten_after_half_and_after_three_quarters():
+    schedule = create_schedule("step", learning_rate=1.0, warmup_steps=0, total_steps=80)
+    values = [float(schedule(step)) for step in (0, 39, 41, 59, 61, 80)]
+    np.testing.assert_allclose(values, [1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_momentum_is_the_optimizer_s_own(name):
+    def second(momentum):
+        tx = create_optimizer(
+            name, optax.constant_schedule(0.1), learning_rate=0.1, momentum=momentum
+        )
+        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        grads = jax.tree.map(lambda p: -0.05 * p.at[..., 0].set(3.0), PARAMS)
+        return tx.update(grads, state, PARAMS)[0]["conv"]["kernel"]
+
+    assert not np.allclose(second(0.3), second(0.9), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
