@@ -27,11 +27,11 @@ def get_config() -> ConfigDict:
     config.task.label_smoothing = 0.1
     config.optim.learning_rate = 0.1
     config.optim.schedule = "cosine"
-    config.optim.warmup_epochs = 2.0
+    config.optim.warmup_epochs = 1.0
     config.optim.ema_decay = 0.99
     config.optim.weight_decay = 0.0005
 
     config.train.batch_size = 256
-    config.train.epochs = 40
+    config.train.epochs = 12
     config.train.validate_every_epochs = 2
     return config
