@@ -9,6 +9,7 @@
     compare    whether one run is better than another
     export     a trained model as one file for other programs
     profile    where a training step's time goes
+    sweep      many runs: which values of the config's keys are best on validation
 
 python -m imgcls COMMAND --help tells the flags of one.
 """
@@ -67,7 +68,7 @@ class Train:
             train_and_evaluate(f.config.copy_and_resolve_references(), workdir)
 
 
-COMMANDS = ("train", "evaluate", "predict", "report", "compare", "export", "profile")
+COMMANDS = ("train", "evaluate", "predict", "report", "compare", "export", "profile", "sweep")
 
 
 def command(name: str) -> Any:
@@ -87,6 +88,8 @@ def command(name: str) -> Any:
             from imgcls.inference import export as module
         case "profile":
             from imgcls import profile as module
+        case "sweep":
+            from imgcls.tuning import sweep as module
         case _:
             near = did_you_mean(name, COMMANDS) or f"it is one of {', '.join(COMMANDS)}"
             raise UserError(f"there is no command {name!r}: {near}")

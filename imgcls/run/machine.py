@@ -96,6 +96,12 @@ def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
         logging.warning(told, "; ".join(other))
 
 
+def cores() -> list[int]:
+    """Their numbers, of those that this process may use; see `cpu_cores`."""
+    there = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cpu_cores())
+    return sorted(there)[: cpu_cores()]
+
+
 def cpu_cores() -> int:
     """Those that this process may use, where the system tells (Linux), else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
