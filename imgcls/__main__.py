@@ -32,8 +32,8 @@ class Train:
 
     Every key of the config can be set from the command line. The same command on the same --workdir
     resumes. Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4
-    checkpoint trouble; 130 and 143 stopped by Ctrl-C and SIGTERM, saved. On several machines, or as
-    several processes: see their flags below.
+    checkpoint trouble; 130, 143, 129 and 138 stopped by Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, saved.
+    On several machines, or as several processes: see their flags below.
     """
 
     @staticmethod

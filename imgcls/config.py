@@ -7,6 +7,7 @@ keys, too: their defaults are read from its signature, their meanings from its d
 
 import inspect
 import json
+import logging
 import math
 import re
 import runpy
@@ -62,10 +63,11 @@ CHANNELS = Rule(
     lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
     "a number for each channel, as a tuple",
 )
+SEED = Rule(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1")
 SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
 
 KEYS = {
-    "seed": Key(0, COUNT_OR_ZERO, "of all randomness and of the order of examples"),
+    "seed": Key(0, SEED, "of all randomness and of the order of examples"),
     "data.name": Key("digits", NAME, "digits, image_folder, or any TFDS dataset"),
     "data.dir": Key(
         "", TEXT, "folder of images; of TFDS's datasets (empty: TFDS_DATA_DIR)", harmless=True
@@ -120,6 +122,8 @@ KEYS = {
     "eval.batch_size": Key(512, COUNT, "images per step of evaluation and prediction", True),
     "eval.checkpoint": Key("latest", _one_of(("latest", "best")), "the one to evaluate on test"),
 }
+
+HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
 
 # What a component is given, and so is no key of a config.
 GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
@@ -356,15 +360,17 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(saved: dict[str, Any]) -> ConfigDict:
     """The config of a run, completed if it is of an older version of this code; validated.
 
-    A key that it lacks gets the default, which is what the older code did. The keys of other
-    optimisers, which older configs had, are left out.
+    A key that it lacks gets the default, which is what the older code did. Keys that went since
+    are left out, with a warning unless they are another optimiser's, which older configs had.
     """
     flat = {RENAMED.get(key, key): _tuples(value) for key, value in flatten(saved).items()}
     keys = keys_of({"task.name": "classification"} | flat)
     foreign = {
         f"optim.{k}" for f in optim.OPTIMIZERS.values() for k in inspect.signature(f).parameters
     }
-    flat = {key: value for key, value in flat.items() if key in keys or key not in foreign}
+    if gone := flat.keys() - keys.keys() - foreign:
+        logging.warning("config keys that this version no longer has: %s", ", ".join(sorted(gone)))
+    flat = {key: value for key, value in flat.items() if key in keys}
     config = _nested({key: entry.default for key, entry in keys.items()} | flat)
     validate(config)
     return config
@@ -378,7 +384,7 @@ def check_resumable(saved: ConfigDict, config: ConfigDict, workdir: Path) -> Non
     """Raises UserError where a config would not continue the run that a workdir holds."""
     old, new = flatten(to_json(saved)), flatten(to_json(config))
     differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    differing -= {key for key, entry in KEYS.items() if entry.harmless}
+    differing -= set(HARMLESS)
     if differing == {"train.epochs"} and new["train.epochs"] > old["train.epochs"]:
         if new["optim.schedule"] == "constant":
             return

@@ -37,7 +37,7 @@ class PeerError(ImgclsError):
 
 
 class Stopped(ImgclsError):
-    """SIGTERM (143) or Ctrl-C (130) ended the run after it saved what it could."""
+    """A signal ended the run after it saved what it could: see `imgcls.run.signals`."""
 
     exit_code = 143
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imgcls.experiment import Experiment, load_config
+from imgcls.experiment import Experiment, define_harmless, load_config
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say
@@ -82,6 +82,7 @@ def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, 
 
 def define_flags() -> None:
     flags.DEFINE_integer("steps", 5, "How many training steps to trace.", 1)
+    define_harmless()
 
 
 def main(_: list[str]) -> None:

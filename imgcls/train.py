@@ -1,6 +1,7 @@
 """Training: from the last checkpoint in a workdir, if any, to the end and the test split."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
-from imgcls.run import files, machine, signals
+from imgcls.run import files, machine, processes, signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import (
     Clock,
@@ -89,8 +90,10 @@ def train_and_evaluate(
     Raises:
         UserError, DivergedError, CheckpointError, Stopped: see `imgcls.errors`.
     """
-    workdir = Path(workdir)
+    workdir = Path(os.path.expanduser(workdir))
     machine.start()
+    facts = {"config": config, **machine.describe(), "device": ""}  # devices may differ
+    processes.check_same(lambda: configs.flatten(facts) | {"config.data.dir": ""})
     configs.validate(config)
     with StopSignal() as stop, claim(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints")
@@ -123,6 +126,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
     """The first or the last saved state, and `meta`: what is saved with it, in JSON types."""
     exp = run.exp
     splits = interruptibly(lambda: exp.splits)
+    processes.check_same(lambda: {f"the {n} split": s.fingerprint for n, s in splits.items()})
     for name, split in splits.items():
         say(f"{name}: {len(split)} examples, {exp.config.data.name} {split.name}")
     if "validation" not in splits:
@@ -131,7 +135,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
     meta = {
         "class_names": list(exp.class_names),
         "train_examples": len(splits["train"]),
-        "trained_by": machine.describe(),  # where and with what the run was started
+        "trained_by": machine.trained_by(),  # where and with what the run was started
         "cpu_kernels": sorted(exp.ops),
         "bits": exp.reproducibility_facts(),
         "seconds": 0.0,  # since the first start, all sessions together
@@ -152,7 +156,8 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
         exp.keep_ops(saved["cpu_kernels"])
         bits = exp.reproducibility_facts(saved.get("bits"))
         machine.check_reproducible(saved.get("bits", {}), bits)
-        meta = saved | {"cpu_kernels": sorted(exp.ops), "bits": bits}
+        by = machine.trained_by(saved.get("trained_by"))
+        meta = saved | {"cpu_kernels": sorted(exp.ops), "bits": bits, "trained_by": by}
     else:
         state = interruptibly(interruptibly(exp.compile_init))
     dtype, wanted = exp.model.dtype.name, exp.config.model.dtype

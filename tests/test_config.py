@@ -170,7 +170,7 @@ def test_a_config_survives_its_file():
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_config_of_an_older_run_is_completed_with_what_its_code_did(name):
     nested = {}
-    for key, value in BEFORE[name].items():
+    for key, value in (BEFORE[name] | SHORTENED.get(name, {})).items():
         section, _, last = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[last] = value
     loaded, now = flatten(from_json(nested)), flatten(get_config(name))

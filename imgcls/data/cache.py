@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import psutil
 from numpy.lib import format as npy
 
 from imgcls.data.images import fit_image
@@ -103,7 +102,7 @@ def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
-    needed, free = math.prod(shape), psutil.virtual_memory().available
+    needed, free = math.prod(shape), machine.free_memory()
     if needed > 0.9 * free:
         raise UserError(
             f"the images need {needed / 2**30:.1f} GiB, but of memory {free / 2**30:.1f} GiB are "

@@ -8,7 +8,12 @@ import numpy as np
 
 def epoch_order(examples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order of examples in an epoch: a function of (seed, epoch) alone."""
-    return np.random.default_rng([seed, epoch]).permutation(examples)
+    return _draws(seed, epoch, 0).permutation(examples)
+
+
+def _draws(seed: int, epoch: int, use: int) -> np.random.Generator:
+    # NumPy takes numbers apart into words of 32 bits, and words of 0 at the end do not count.
+    return np.random.default_rng([seed % 2**32, epoch, use, seed >> 32])
 
 
 class TrainOrder:
@@ -17,7 +22,7 @@ class TrainOrder:
     def __init__(self, examples: int, *, batch_size: int, seed: int):
         self.batch_size, self.steps_per_epoch = batch_size, examples // batch_size
         self._order = functools.lru_cache(2)(functools.partial(epoch_order, examples, seed=seed))
-        self._mirrored_first = np.random.default_rng([seed, 0, 1]).integers(2, size=examples)
+        self._mirrored_first = _draws(seed, 0, 1).integers(2, size=examples)
 
     def __getitem__(self, step: int) -> np.ndarray:
         epoch, i = divmod(step, self.steps_per_epoch)

@@ -83,7 +83,9 @@ def open_tfds(
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in root:
         raise UserError(f"{root} is remote: copy the dataset to a local --config.data.dir")
-    root = Path(root).expanduser().absolute()
+    if (root := os.path.expanduser(root)).startswith("~/"):
+        raise UserError("there is no home directory: name a folder with --config.data.dir")
+    root = Path(root).absolute()
     dataset, directory = parse(name)[0], find(name, root)
     known = tfds.list_builders(with_community_datasets=False) if directory is None else [dataset]
     if dataset not in known:

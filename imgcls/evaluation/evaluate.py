@@ -132,6 +132,7 @@ VIEWS = {"flip": _mirrored, "shifts": _shifted}
 def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
     cli.define_checkpoint()
+    experiment.define_harmless()
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
 
 

@@ -24,7 +24,7 @@ from scipy.special import softmax
 from imgcls.errors import UserError
 from imgcls.evaluation import figures, scores
 from imgcls.evaluation.figures import figure
-from imgcls.experiment import load_config, open_splits
+from imgcls.experiment import define_harmless, load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.files import write_bytes
 from imgcls.run.workdir import read_json
@@ -207,8 +207,7 @@ def _confusion(counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def define_flags() -> None:
-    pass
+define_flags = define_harmless
 
 
 def main(_: list[str]) -> None:

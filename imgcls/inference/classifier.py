@@ -1,5 +1,6 @@
 """A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     Raises:
         UserError, CheckpointError: see `imgcls.errors`.
     """
-    workdir = Path(workdir)
+    workdir = Path(os.path.expanduser(workdir))
     machine.start()
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)

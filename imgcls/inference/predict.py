@@ -21,6 +21,7 @@ from absl import flags
 from imgcls.data.folder import walk
 from imgcls.data.images import decode_image, fit_image
 from imgcls.errors import BadExampleError, UserError, printable
+from imgcls.experiment import define_harmless
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import say
@@ -70,6 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
     flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
     cli.define_checkpoint()
+    define_harmless()
 
 
 def main(arguments: list[str]) -> None:

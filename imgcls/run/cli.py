@@ -1,8 +1,8 @@
 """What all commands share: flags that fail in one line, exit codes, and `--debug`.
 
 Exit codes: 0 done; 2 the command, config or data is wrong; 3 training diverged; 4 checkpoint
-trouble; 130 stopped by Ctrl-C and 143 by SIGTERM, after saving. 1 is a defect, with its traceback,
-or another process of the run died.
+trouble; stopped by Ctrl-C 130, SIGTERM 143, SIGHUP 129 and SIGUSR1 138, after saving. 1 is a
+defect, with its traceback, or another process of the run died.
 """
 
 import contextlib
@@ -58,6 +58,8 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     try:
         module = command()
         others = set(flags.FLAGS) - {"debug", "workdir"}  # of the libraries
+        # A shell leaves the ~ of --name=~/path to the program.
+        argv = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in argv]
         module.define_flags()
         arguments = _parse(module, argv, set(flags.FLAGS) - others)
         if arguments and not hasattr(module, "POSITIONAL"):
@@ -72,11 +74,14 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
         if known is None or "--debug" in argv:
             traceback.print_exc()
         if known is not None:
-            print(f"error: {known}" if known.exit_code < 128 else known, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print(f"error: {known}" if known.exit_code < 128 else known, file=sys.stderr)
         code = 1 if known is None else known.exit_code
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a closed pipe
+        try:
             stream.flush()
+        except OSError:  # a closed pipe or terminal; at its exit, Python would fail on it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if signals.left_behind() or jax.distributed.is_initialized():
         # A compilation or a save that hangs, or a peer that is gone, must not hold the process.
         os._exit(code if isinstance(code, int) else 1)
@@ -108,6 +113,11 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
+        free = ", ".join(f"--{name}" for name in sorted(own) if name.startswith("config."))
+        if free and error.flagname.partition(".")[0] == "config":
+            raise UserError(
+                f"--{error.flagname} cannot be changed after training: only {free} can"
+            ) from error
         near = did_you_mean(error.flagname, own, prefix="--") or "see --help"
         raise UserError(f"there is no flag --{error.flagname}: {near}") from error
     except Exception as error:  # a flag, or anything that the user's config file raises

@@ -1,11 +1,16 @@
 """Files that tell what happened: each is replaced whole, or grows by whole lines."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -98,5 +103,32 @@ def lock(
 
 
 def cache_folder(kind: str) -> Path:
-    """Where this user's caches of a kind are, such as "datasets"; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imgcls" / kind
+    """Where this user's caches of a kind are, such as "datasets"; made if that is possible.
+
+    Raises UserError where others can write, because compiled programs are code.
+    """
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(_temporary() if base.startswith("~") else base, "imgcls", kind)
+    for path in (folder.parents[1], folder.parent, folder):
+        with contextlib.suppress(OSError):
+            path.mkdir(0o700, parents=True, exist_ok=True)
+            info = path.stat()
+            # A group whose number is its owner's is that user's own. Nobody can replace what is not
+            # theirs in a sticky folder, such as /tmp.
+            group = stat.S_IWGRP if info.st_gid != info.st_uid else 0
+            shared = info.st_mode & (stat.S_IWOTH | group) and not info.st_mode & stat.S_ISVTX
+            if shared or info.st_uid not in (0, os.getuid()):
+                raise UserError(
+                    f"others can write to the cache {path}, and programs in it are run: chmod go-w "
+                    "it if you trust its content, or name a folder of your own in XDG_CACHE_HOME"
+                )
+    return folder
+
+
+@functools.cache
+def _temporary() -> str:
+    """A private folder that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="imgcls-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logging.warning("there is no home directory: caches are in %s until this process ends", folder)
+    return folder

@@ -23,13 +23,13 @@ FLUSH_SECONDS = 10  # of TensorBoard's events
 
 
 def say(text: str) -> None:
-    """Prints a line, in process 0; a reader that left (`| head`) ends the output, not the run."""
+    """Prints a line, in process 0; a reader or terminal that left ends the output, not the run."""
     if not is_main():
         return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,5 +1,6 @@
 """What this machine's JAX is told, and what decides speed and bits on it."""
 
+import contextlib
 import functools
 import glob
 import importlib.metadata
@@ -7,12 +8,16 @@ import logging
 import os
 import re
 import subprocess
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import psutil
+from filelock import FileLock, Timeout
+from jax._src.compilation_cache import decompress_executable
 
 from imgcls.errors import CheckpointError
 from imgcls.run.files import cache_folder
@@ -23,15 +28,13 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # 
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": "1"}  # in half the time
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def start() -> None:
     """To be called once by a process, before JAX computes anything."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-        # Small programs, too: compiled anew, the start-up check of oneDNN takes a second longer.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        _keep_programs()
     visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
@@ -39,6 +42,49 @@ def start() -> None:
             "jax[tpu] as the README says, or set JAX_PLATFORMS=cpu to silence this",
             visible[0],
         )
+
+
+@functools.cache
+def _keep_programs() -> None:
+    """Has JAX keep compiled programs on the disk."""
+    folder = cache_folder("xla")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        logging.warning("compiled programs are not kept in %s (%s)", folder, error.strerror)
+        return
+    keys = {path.name.rpartition("-")[0] for path in folder.glob("*-*e")}
+    with contextlib.suppress(OSError, Timeout):
+        if broken := [key for key in keys if not _is_whole(folder, key)]:
+            with FileLock(folder / ".lockfile", timeout=10):  # JAX's own
+                for key in broken:
+                    if not _is_whole(folder, key):  # as before: it was not being written
+                        for part in ("cache", "atime"):
+                            (folder / f"{key}-{part}").unlink(missing_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    # A full disk is no reason for a warning for each program.
+    warnings.filterwarnings("ignore", "Error (read|writ)ing persistent compilation cache")
+    # Small programs, too: compiled anew, the start-up check of oneDNN takes a second longer.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _is_whole(folder: Path, key: str) -> bool:
+    """Whether a program of JAX's cache, and the time of its last use, are what JAX can read.
+
+    A kill or a full disk leaves a part. Without the time, nothing more would be kept.
+    """
+    path = folder / f"{key}-cache"
+    try:
+        (folder / f"{key}-atime").stat()
+        # The year 1970 tells the programs that were looked at, and not written since.
+        if path.stat().st_mtime or not path.stat().st_size:
+            decompress_executable(path.read_bytes())
+            os.utime(path, (0, 0))
+    except Exception as error:  # zlib and zstd have their own; other errors of reading pass
+        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return True
 
 
 @functools.cache
@@ -62,21 +108,23 @@ def check_memory(compiled: jax.stages.Compiled) -> None:
     """
     if jax.default_backend() == "cpu" and (needs := compiled.memory_analysis()):
         needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
-        free = psutil.virtual_memory().available
+        free = free_memory()
         if needed > free:
             raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
 
 
 def reproducibility_facts() -> dict[str, Any]:
     """What decides the last bits of a run, besides its config, its data and this code."""
-    device = jax.devices()[0]
+    device, here = jax.devices()[0], describe()
     facts = {
-        "jaxlib": importlib.metadata.version("jaxlib"),
+        **{name: here["versions"][name] for name in ("jaxlib", "jax", "flax", "optax", "numpy")},
+        "git_commit": here["git_commit"],
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "devices": f"{jax.device_count()} x {device.platform} {_cpu_model() or device.device_kind}",
         "prng": jax.config.jax_default_prng_impl,  # type: ignore[attr-defined]
     }
-    # XLA has a thread for each core.
-    return facts | ({"cpu_cores": cpu_cores()} if device.platform == "cpu" else {})
+    # XLA has a thread for each core, whatever share of their time a container may use.
+    return facts | ({"cpu_cores": _threads()} if device.platform == "cpu" else {})
 
 
 def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -92,7 +140,7 @@ def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
     other = [f"{k} was {v}, is {now.get(k)}" for k, v in saved.items() if v != now.get(k)]
     if other:
-        told = "the run goes on, but its last bits will differ from those of one never stopped: %s"
+        told = "the run goes on, but its last bits may differ from those of one never stopped: %s"
         logging.warning(told, "; ".join(other))
 
 
@@ -103,7 +151,32 @@ def cores() -> list[int]:
 
 
 def cpu_cores() -> int:
-    """Those that this process may use, where the system tells (Linux), else all."""
+    """Those that this process may use, where the system tells (Linux, cgroup v2), else all."""
+    shares = [text.split() for text in _of_cgroups("cpu.max")]
+    allowed = [int(quota) / int(period) for quota, period in shares if quota != "max"]
+    return max(1, round(min([_threads(), *allowed])))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, of the machine and of its container (cgroup v2)."""
+    free = [psutil.virtual_memory().available]
+    files = ("memory.max", "memory.current", "memory.stat")
+    for limit, used, stat in zip(*map(_of_cgroups, files)):
+        if limit.strip() != "max":
+            cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)", stat, re.M)))
+            free.append(max(0, int(limit) - int(used) + cached))  # Linux drops cached files
+    return min(free)
+
+
+def _of_cgroups(name: str) -> list[str]:
+    """The texts of a file of cgroup v2, for this process's group and those around it."""
+    own = re.search("^0::/(.*)", OWN_CGROUP.read_text(), re.M) if OWN_CGROUP.exists() else None
+    group = CGROUPS / own[1] if own else Path()
+    paths = [path / name for path in (group, *group.parents) if path.is_relative_to(CGROUPS)]
+    return [path.read_text() for path in paths if path.exists()]
+
+
+def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -127,6 +200,13 @@ def describe() -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in names},
         "git_commit": _git_commit(),
     }
+
+
+def trained_by(before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`describe()` of a run's first session, and "git_commits": those of all its sessions."""
+    saved, commit = before or describe(), describe()["git_commit"]
+    commits = saved.get("git_commits", [saved.get("git_commit")])
+    return saved | {"git_commits": list(dict.fromkeys([*commits, commit]))}
 
 
 def _git_commit() -> str | None:

@@ -5,6 +5,7 @@ workdir, prints, and writes anything but checkpoints, in which all take part.
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -17,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from imgcls.errors import ImgclsError, PeerError, Stopped, UserError, first_line
 from imgcls.parallel import is_main, make_mesh, put_batch, replicated
+from imgcls.run.logs import say
 from imgcls.run.signals import StopSignal, in_thread
 
 PATIENCE = 10  # seconds that a process which stops or fails waits for the others to leave too
@@ -50,8 +53,11 @@ def session(
     """
     names = ("coordinator_address", "num_processes", "process_id")
     given: dict[str, Any] = dict(zip(names, (coordinator_address, num_processes, process_id)))
+    met = f"met at --coordinator_address={coordinator_address}"
     if set(given.values()) == {None}:
-        several = _detects_several()
+        if several := _detected():
+            met = f"detected, {several}, met"
+            say(f"detected {several}: waiting for all; --num_processes=1 trains alone")
     elif several := num_processes != 1:
         _check(**given)
     if not several:
@@ -67,10 +73,10 @@ def session(
     except Exception as error:
         raise UserError(f"this process cannot join the others: {first_line(error)}") from error
     if not joined:
-        where = f" at --coordinator_address={coordinator_address}" if coordinator_address else ""
         raise UserError(
-            f"not all processes of this run met{where} within {start_timeout} s: start every one "
-            "with the same command but its own --process_id, or raise --start_timeout"
+            f"not all processes of this run {met} within {start_timeout} s: start every one with "
+            "the same command but its own --process_id, raise --start_timeout, or train alone with "
+            "--num_processes=1"
         )
     if not is_main():
         logging.getLogger().setLevel(logging.ERROR)
@@ -116,9 +122,27 @@ class Agreement:
 
     def stopped(self, text: str) -> Stopped:
         """What to raise once all have agreed and saved."""
-        # Not earlier: a signal of this process's own would then count as its second.
         self._stop.requested = self._stop.requested or self._signal
         return self._stop.stopped(text)
+
+
+def check_same(facts: Callable[[], dict[str, Any]]) -> None:
+    """Raises UserError in all processes of this run where `facts()` differ; all must call it."""
+    if not jax.distributed.is_initialized():
+        return
+    text = json.dumps(facts(), default=repr).encode()
+    size = int(process_allgather(np.int32(len(text))).max())
+    rows = process_allgather(np.frombuffer(text.ljust(size), np.uint8))
+    first, *others = (json.loads(row.tobytes()) for row in rows)
+    differing = [
+        f"{key} is {first.get(key)} in process 0, {other.get(key)} in process {i}"
+        for i, other in enumerate(others, 1)
+        for key in first | other
+        if first.get(key) != other.get(key)
+    ]
+    if differing:
+        shown = "; ".join(differing[:5])
+        raise UserError(f"the processes of this run differ: {shown}. Start all of them alike")
 
 
 def _check(**given: Any) -> None:
@@ -141,8 +165,8 @@ def _check(**given: Any) -> None:
             ) from None
 
 
-def _detects_several() -> bool:
-    """Whether JAX knows this cluster, and it runs more than one process of this command."""
+def _detected() -> str:
+    """How many processes of this command run, where JAX knows this cluster; "" if it is one."""
     try:
         from jax._src.clusters import ClusterEnv  # no public name tells without starting
 
@@ -150,14 +174,15 @@ def _detects_several() -> bool:
             # Most pods belong to no job of several; JAX would look for its package and warn.
             pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
             if not cluster.opt_in_only_method and not pod and cluster.is_env_present():
-                return cluster.get_process_count() > 1
+                count = cluster.get_process_count()
+                return f"{count} processes by {cluster.__name__}" if count > 1 else ""
     except Exception as error:
         logging.warning(
             "this may be one of several processes, but JAX cannot tell (%s): if so, give each "
             "--coordinator_address, --num_processes and --process_id; else --num_processes=1",
             first_line(error),
         )
-    return False
+    return ""
 
 
 def _in_time(function: Callable[[], None], seconds: float) -> bool:

@@ -1,22 +1,27 @@
-"""SIGTERM and Ctrl-C: the first asks the run to save and leave, the second leaves at once."""
+"""Signals that stop a run: the first asks it to save and leave, a later one leaves at once."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
 from imgcls.errors import Stopped
 
-EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130}
+# A terminal or connection that closes sends SIGHUP, and Slurm SIGUSR1 before a time limit.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+EXIT_CODES: dict[int, int] = {number: 128 + number for number in STOPPING}
+PAIR_SECONDS = 2  # forwarders and group kills send a signal twice, which counts as one
 
 _futures: list[Future] = []  # of the threads of `in_thread` that are at work
 _active: "StopSignal | None" = None  # signals are the process's, so there is one
 
 
 class StopSignal:
-    """Installed as a context manager around a run, in the main thread.
+    """Installed as a context manager around a run. Does nothing outside the main thread, because
+    Python has handlers in that one alone.
 
     A signal sets `requested` and nothing else: the loop looks at it, saves, and leaves. Raised by a
     handler, it would be lost where Python discards it: inside a finaliser.
@@ -27,8 +32,15 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         global _active
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         _active = self
-        self._before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+        for number in EXIT_CODES:
+            before = signal.getsignal(number)
+            if number != signal.SIGHUP or before != signal.SIG_IGN:  # nohup ignores it
+                self._before[number] = before
+                signal.signal(number, lambda *_: None)
         # Python calls handlers between two bytecodes of the main thread, which may be long in
         # compiled code; the number of each signal arrives in this pipe at once.
         reader, self._writer = os.pipe()
@@ -39,6 +51,8 @@ class StopSignal:
 
     def __exit__(self, *_) -> None:
         global _active
+        if not self._before:
+            return
         _active = None
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
@@ -46,11 +60,13 @@ class StopSignal:
         os.close(self._writer)  # ends the thread
 
     def _watch(self, reader: int) -> None:
+        first = None
         while numbers := os.read(reader, 1):
             if numbers[0] in EXIT_CODES:
-                if self.requested:
+                first = first or time.monotonic()
+                if time.monotonic() - first > PAIR_SECONDS:
                     os._exit(EXIT_CODES[numbers[0]])
-                self.requested = numbers[0]
+                self.requested = self.requested or numbers[0]
         os.close(reader)
 
     def stopped(self, text: str) -> Stopped:
