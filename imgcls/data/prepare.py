@@ -47,7 +47,9 @@ def _download(name: str, root: Path) -> Path:
     downloader.MAX_RETRIES = 2
     requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))  # type: ignore
     try:
-        builder = tfds.builder(name, data_dir=root)
+        dataset, config, version = parse(name)
+        # Not `tfds.builder`, which may read a directory, and import what its files name.
+        builder = tfds.builder_cls(dataset)(data_dir=root, config=config, version=version)
         check_features(name, builder)
         if urls := builder.url_infos:
             size = sum(info.size for info in urls.values()) / 2**20
