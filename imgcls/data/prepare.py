@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 
 from imgcls.data.tfds import check_features, find, has_array_record, load, parse
-from imgcls.errors import UserError, first_line
+from imgcls.errors import UserError, first_line, visible
 from imgcls.run.files import lock, write_bytes
 
 
@@ -104,7 +104,7 @@ def _convert(directory: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"imgcls: {text}", file=sys.stderr, flush=True)
+    print(f"imgcls: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _end_with_parent(folder: Path, others: set[Path]) -> None:

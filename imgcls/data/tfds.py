@@ -25,7 +25,7 @@ from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from imgcls.data.images import DECODER, decode_image
-from imgcls.errors import UserError, did_you_mean, first_line
+from imgcls.errors import UserError, did_you_mean, first_line, printable
 from imgcls.run import signals
 
 _NAME = re.compile(r"(\w+)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")
@@ -91,6 +91,10 @@ def open_tfds(
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in root:
         raise UserError(f"{root} is remote: copy the dataset to a local --config.data.dir")
+    if not root.isprintable():  # TFDS prints it
+        raise UserError(
+            f"{printable(root)} holds control characters: name another --config.data.dir"
+        )
     root = Path(root).expanduser().absolute()
     dataset, directory = parse(name)[0], find(name, root)
     known = tfds.list_builders(with_community_datasets=False) if directory is None else [dataset]
