@@ -47,17 +47,24 @@ def _up_to(limit: float) -> Rule:
     return Rule(float, lambda x: 0 <= x <= limit and math.isfinite(x), f"a number {allowed}")
 
 
+def _whole(least: int, limit: int = 2**31 - 1) -> Rule:
+    return Rule(int, lambda x: least <= x <= limit, f"a whole number from {least} to {limit}")
+
+
 TEXT = Rule(str, lambda x: True, "text")
 NAME = Rule(str, bool, "a name")
-COUNT = Rule(int, lambda x: x >= 1, "a whole number of at least 1")
-COUNT_OR_ZERO = Rule(int, lambda x: x >= 0, "a whole number of at least 0")
+PATH = Rule(str, lambda x: "\0" not in x, "a path")
+COUNT, COUNT_OR_ZERO = _whole(1), _whole(0)
 POSITIVE = Rule(float, lambda x: 0 < x < math.inf, "a number over 0")
 NOT_NEGATIVE = _up_to(math.inf)
 FRACTION = Rule(float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
 FLAG = Rule(bool, lambda x: True, "True or False")
-COUNTS = Rule(tuple, lambda x: all(type(n) is int and n > 0 for n in x), "positive integers, (,)")
-SIZE = Rule(tuple, lambda x: len(x) == 2 and COUNTS.accepts(x), "(height, width)")
-SIZE_OR_NONE = Rule(tuple, lambda x: x == () or SIZE.accepts(x), "(height, width), or ()")
+MOST, LARGEST = 10**6, 10**4  # XLA ends the process where an array has 2**63 elements
+INTEGERS = f"integers from 1 to {MOST}, (,)"
+COUNTS = Rule(tuple, lambda x: all(type(n) is int and 0 < n <= MOST for n in x), INTEGERS)
+SIDES = f"(height, width), each from 1 to {LARGEST}"
+SIZE = Rule(tuple, lambda x: len(x) == 2 and COUNTS.accepts(x) and max(x) <= LARGEST, SIDES)
+SIZE_OR_NONE = Rule(tuple, lambda x: x == () or SIZE.accepts(x), f"{SIDES}, or ()")
 CHANNELS = Rule(
     tuple,
     lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
@@ -70,7 +77,7 @@ KEYS = {
     "seed": Key(0, SEED, "of all randomness and of the order of examples"),
     "data.name": Key("digits", NAME, "digits, image_folder, or any TFDS dataset"),
     "data.dir": Key(
-        "", TEXT, "folder of images; of TFDS's datasets (empty: TFDS_DATA_DIR)", harmless=True
+        "", PATH, "folder of images; of TFDS's datasets (empty: TFDS_DATA_DIR)", harmless=True
     ),
     "data.train": Key("train", SPLIT, "split string of the training examples"),
     "data.validation": Key("", TEXT, "split string to make choices on; empty: none"),
@@ -134,11 +141,11 @@ OWN_RULES = {
     "optim.momentum": FRACTION,
     "resnet.depth": Rule(int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
     "resnet.stem": _one_of(("cifar", "imagenet")),
-    "wide_resnet.depth": Rule(int, lambda x: x >= 10 and x % 6 == 4, "6 n + 4, such as 16 or 28"),
+    "wide_resnet.depth": Rule(int, lambda x: x in range(10, 999, 6), "6 n + 4, such as 16 or 28"),
     "task.label_smoothing": FRACTION,
     "task.class_weights": _one_of(("none", "balanced")),
 }
-BY_TYPE = {bool: FLAG, int: COUNT, float: NOT_NEGATIVE, tuple: COUNTS, str: TEXT}
+BY_TYPE = {bool: FLAG, int: _whole(1, 1000), float: NOT_NEGATIVE, tuple: COUNTS, str: TEXT}
 
 # Old key -> today's, for the configs of older runs.
 RENAMED = {
@@ -176,7 +183,7 @@ def keys_of(config: Any) -> dict[str, Key]:
         meaning = (inspect.getdoc(function) or "").partition("\n")[0]
         off, rule = 0.0, _up_to(augment.LIMITS.get(name, math.inf))
         if name.endswith("_pixels"):
-            off, rule = 0, COUNT_OR_ZERO
+            off, rule = 0, _whole(0, LARGEST)
         keys[f"augment.{name}"] = Key(off, rule, meaning)
         keys |= _own_keys("augment", name, function)
     order = list(dict.fromkeys(key.partition(".")[0] for key in (*KEYS, "augment.")))
@@ -237,7 +244,12 @@ def validate(config: ConfigDict) -> None:
 
 def _check(key: str, value: Any, rule: Rule) -> None:
     right_type = isinstance(value, rule.kind) or (rule.kind is float and type(value) is int)
-    if not right_type or (type(value) is bool) != (rule.kind is bool) or not rule.accepts(value):
+    right = right_type and (type(value) is bool) == (rule.kind is bool)
+    try:
+        right = right and rule.accepts(float(value) if rule.kind is float else value)
+    except OverflowError:  # of hundreds of digits
+        right = False
+    if not right:
         raise UserError(f"config.{key}={value!r} must be {rule.expected}")
 
 
@@ -335,7 +347,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"optim.learning_rate": 0.1, ...}"""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
+        if isinstance(value, ConfigDict | dict) and (value or not prefix):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -55,10 +55,13 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def printable(text: str | os.PathLike[str]) -> str:
     """Escapes control characters, line ends and undecodable bytes; distinct texts stay distinct."""
-    return "".join(
-        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode()
-        for char in os.fspath(text)
-    )
+    return visible(os.fspath(text).replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t"))
+
+
+def visible(text: str) -> str:
+    """Escapes what a terminal would obey or cannot show; ends of lines stay."""
+    shown = lambda char: char if char.isprintable() else char.encode("unicode_escape").decode()
+    return "".join(char if char in "\n\t" else shown(char) for char in text)
 
 
 def first_line(error: BaseException) -> str:
@@ -72,6 +75,6 @@ def out_of_memory(error: BaseException) -> UserError | None:
         return None
     return UserError(
         f"out of memory ({first_line(error)}): raise "
-        "config.train.accumulate_steps (the same result in less memory), lower "
+        "config.train.accumulate_steps (BatchNorm then normalises each part alone), lower "
         "config.train.batch_size or config.eval.batch_size, or choose a smaller config.model"
     )

@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 
 from imgcls.data.tfds import check_features, find, has_array_record, load, parse
-from imgcls.errors import UserError, first_line
+from imgcls.errors import UserError, first_line, visible
 from imgcls.run.files import lock, write_bytes
 
 
@@ -47,7 +47,9 @@ def _download(name: str, root: Path) -> Path:
     downloader.MAX_RETRIES = 2
     requests.Session.request = functools.partialmethod(requests.Session.request, timeout=(10, 60))  # type: ignore
     try:
-        builder = tfds.builder(name, data_dir=root)
+        dataset, config, version = parse(name)
+        # Not `tfds.builder`, which may read a directory, and import what its files name.
+        builder = tfds.builder_cls(dataset)(data_dir=root, config=config, version=version)
         check_features(name, builder)
         if urls := builder.url_infos:
             size = sum(info.size for info in urls.values()) / 2**20
@@ -102,7 +104,7 @@ def _convert(directory: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"imgcls: {text}", file=sys.stderr, flush=True)
+    print(f"imgcls: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def _end_with_parent(folder: Path, others: set[Path]) -> None:

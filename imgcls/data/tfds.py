@@ -6,6 +6,7 @@ with it, is a child process.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -18,14 +19,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core.dataset_builder import load_default_config_name
+from tensorflow_datasets.core.dataset_info import dataset_info_path, read_from_json
 from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from imgcls.data.images import DECODER, decode_image
-from imgcls.errors import UserError, did_you_mean, first_line
+from imgcls.errors import UserError, did_you_mean, first_line, printable
 from imgcls.run import signals
 
 _NAME = re.compile(r"(\w+)(?:/(\w[\w.-]*))?(?::(\d+\.\d+\.\d+))?")
+_OWN = "tensorflow_datasets.core.features."  # where TFDS's own features are
+_KINDS = [
+    f"{getattr(tfds.features, name).__module__}.{name}"
+    for name in ("Image", "ClassLabel", "Text", "Scalar", "Tensor")
+]
 _REMEDY = "delete that directory and run again, or name another with --config.data.dir"
 
 
@@ -83,6 +91,10 @@ def open_tfds(
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in root:
         raise UserError(f"{root} is remote: copy the dataset to a local --config.data.dir")
+    if not root.isprintable():  # TFDS prints it
+        raise UserError(
+            f"{printable(root)} holds control characters: name another --config.data.dir"
+        )
     if (root := os.path.expanduser(root)).startswith("~/"):
         raise UserError("there is no home directory: name a folder with --config.data.dir")
     root = Path(root).absolute()
@@ -117,15 +129,41 @@ def find(name: str, root: Path) -> Path | None:
 
 
 def load(directory: Path) -> tfds.core.DatasetBuilder:
-    """TFDS's reader of a version directory, made from its files alone."""
+    """TFDS's reader of a version directory, made from its files alone.
+
+    TFDS would import whatever class a file names as a feature.
+    """
     try:
-        builder = tfds.builder_from_directory(directory)
+        info = read_from_json(dataset_info_path(directory))
+        info.features.CopyFrom(_read_features(directory / "features.json").to_proto())
+        builder = ReadOnlyBuilder(builder_dir=directory, info_proto=info)
         if not builder.info.splits:
             raise ValueError("it has no splits")
     except Exception as error:  # TFDS, json and protobuf each have their own for a damaged file
         why = first_line(error)
         raise UserError(f"{directory} is no complete TFDS dataset ({why}); {_REMEDY}") from error
     return builder
+
+
+def _read_features(path: Path) -> tfds.features.FeaturesDict:
+    """The features of `_KINDS` that a file names; TFDS's other ones are left out.
+
+    Raises ValueError where it names a class that is not TFDS's.
+    """
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    # "type" and "content" are of TFDS before 4.5.
+    features = saved.get("content") or saved.get("featuresDict", {}).get("features", {})
+    known = {}
+    for name, feature in {"": saved, **features}.items():
+        kind = feature["type"] if "type" in feature else feature["pythonClassName"]
+        if not kind.startswith(_OWN):
+            raise ValueError(f"{kind} is no feature of TFDS")
+        if kind in _KINDS:
+            feature.pop("python_class_name", None)  # the same to protobuf, whichever comes last
+            known[name] = tfds.features.FeatureConnector.from_json(feature)
+    if not known:  # TFDS would then read the file itself
+        raise ValueError("it has no features that are used here")
+    return tfds.features.FeaturesDict(known)
 
 
 def has_array_record(builder: tfds.core.DatasetBuilder) -> bool:

@@ -5,7 +5,6 @@ trouble; stopped by Ctrl-C 130, SIGTERM 143, SIGHUP 129 and SIGUSR1 138, after s
 defect, with its traceback, or another process of the run died.
 """
 
-import contextlib
 import inspect
 import logging
 import os
@@ -19,9 +18,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory
+from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory, visible
 from imgcls.run import signals
-from imgcls.run.logs import say
+from imgcls.run.logs import complain, drop, say
 
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 
@@ -47,7 +46,12 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
             docstring that `--help` prints, and `POSITIONAL` where arguments need not be flags.
         argv: what was typed, the command's name first.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    if sys.stdout is None:  # closed: writing tells so, as it does of a full disk
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Orbax warns of what is meant here, and prints the traceback of errors that become ours.
@@ -72,20 +76,25 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     except BaseException as error:
         known = error if isinstance(error, ImgclsError) else out_of_memory(error)
         if known is None or "--debug" in argv:
-            traceback.print_exc()
+            complain(traceback.format_exc())
         if known is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                print(f"error: {known}" if known.exit_code < 128 else known, file=sys.stderr)
+            line = " ".join(str(known).splitlines())
+            complain(f"error: {line}" if known.exit_code < 128 else line)
         code = 1 if known is None else known.exit_code
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a closed pipe or terminal; at its exit, Python would fail on it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError:  # a closed pipe or terminal, a full disk
+            drop(stream)
     if signals.left_behind() or jax.distributed.is_initialized():
         # A compilation or a save that hangs, or a peer that is gone, must not hold the process.
         os._exit(code if isinstance(code, int) else 1)
     sys.exit(code)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _except_tensorstore(unraisable: Any) -> None:

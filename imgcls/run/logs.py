@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from imgcls.errors import UserError, printable, visible
 from imgcls.parallel import is_main
 from imgcls.run.files import append_line, write_bytes
 
@@ -22,20 +23,43 @@ ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "sec
 FLUSH_SECONDS = 10  # of TensorBoard's events
 
 
-def say(text: str) -> None:
-    """Prints a line, in process 0; a reader or terminal that left ends the output, not the run."""
+def say(text: str, *, needed: bool = False) -> None:
+    """Prints lines, in process 0. Escape sequences in them are shown, not obeyed.
+
+    A reader or terminal that left (`| head`) or a full disk ends the output, not the run. Where the output is
+    `needed`, a full disk is a UserError.
+    """
     if not is_main():
         return
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        tqdm.write(text, file=sys.stdout)
+        shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+        tqdm.write(shown, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        drop(sys.stdout)
+        why = f"the output cannot be written ({error.strerror})"
+        if needed and not isinstance(error, BrokenPipeError):
+            raise UserError(f"{why}: send it elsewhere") from None
+        if not isinstance(error, BrokenPipeError):
+            complain(f"warning: {why}: nothing more is printed there")
+
+
+def complain(text: str) -> None:
+    """Prints lines on stderr, as `say` does."""
+    with contextlib.suppress(OSError):
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def drop(stream: TextIO) -> None:
+    """Lets a stream that cannot be written end nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
 def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
     """Shows a progress bar on a terminal, and prints one line otherwise."""
+    doing = printable(doing)
     if not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")
     options = {"total": total, "desc": doing, "unit": f" {unit}", "initial": initial}

@@ -116,11 +116,8 @@ class Sweep:
     def mean(self, trial: str) -> Value:
         """The mean value over fresh seeds; FAILED if one failed."""
         values = [self.value(Job(run, self.rungs[-1])) or FAILED for run in self.seeded(trial)]
-        return (
-            FAILED
-            if FAILED in values
-            else (fmean(v[0] for v in values), fmean(v[1] for v in values))
-        )
+        top1, loss = zip(*values)
+        return FAILED if FAILED in values else (fmean(top1), fmean(loss))
 
     def ranked(self, runs: list[str], epoch: int) -> list[str]:
         """The best first; of equals, the first."""

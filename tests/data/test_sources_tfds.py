@@ -236,6 +236,59 @@ def test_a_damaged_directory_is_named_with_the_remedy(damage, copy):
     refusal(read, root / "tiny/1.0.0", "delete that directory", "--config.data.dir")
 
 
+PLANTED = {"pythonClassName": "planted.Feature", "text": {}}
+DICT = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+NAMED = {
+    "the whole": lambda saved: PLANTED,
+    "one of them": lambda saved: saved["featuresDict"]["features"].update(id=PLANTED) or saved,
+    "both of protobuf's names": lambda saved: (
+        saved["featuresDict"]["features"]["image"].update(python_class_name="planted.Feature")
+        or saved
+    ),
+    "of older versions": lambda saved: {
+        "type": DICT, "content": {"image": {"type": "planted.Feature", "content": {}}}
+    },
+    "one within another": lambda saved: {
+        "pythonClassName": DICT,
+        "featuresDict": {"features": {"x": {"pythonClassName": DICT, "featuresDict": {"features": {"y": PLANTED}}}}},
+    },
+    "as text": lambda saved: {"pythonClassName": DICT, "jsonFeature": {"json": json.dumps({"x": {"type": "planted.Feature"}})}},
+    "where TFDS's own are": lambda saved: {"pythonClassName": "tensorflow_datasets.core.features.planted.Image"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", [*NAMED, "the other file"])
+def test_a_class_that_a_prepared_dataset_names_is_never_imported(
+    where, copy, tmp_path, monkeypatch
+):
+    root = copy("tiny")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "planted.py").write_text("raise SystemExit('the code of a dataset ran')")
+    files = {name: root / f"tiny/1.0.0/{name}.json" for name in ("features", "dataset_info")}
+    if where in NAMED:
+        saved = NAMED[where](json.loads(files["features"].read_text()))
+        files["features"].write_text(json.dumps(saved))
+    else:
+        info = json.loads(files["dataset_info"].read_text()) | {"features": PLANTED}
+        files["dataset_info"].write_text(json.dumps(info))
+    opening = partial(open_sources, "tiny", data_dir=str(root), channels=3)
+    if where in ("both of protobuf's names", "the other file"):
+        check_tiny(opening())
+    else:
+        refusal(opening, "tiny")
+    assert "planted" not in sys.modules
+
+
+def test_other_features_of_tfds_are_left_out(copy):
+    root = copy("tiny")
+    path = root / "tiny/1.0.0/features.json"
+    saved = json.loads(path.read_text())
+    boxes = "tensorflow_datasets.core.features.bounding_boxes.BBoxFeature"
+    saved["featuresDict"]["features"]["box"] = {"pythonClassName": boxes, "boundingBox": {}}
+    path.write_text(json.dumps(saved))
+    check_tiny(open_sources("tiny", data_dir=str(root), channels=3))
+
+
 def test_an_empty_directory_of_a_dataset_that_tfds_knows_is_named_too(tmp_path):
     (tmp_path / "mnist/3.0.1").mkdir(parents=True)
     (tmp_path / "mnist_corrupted/identity/1.0.0").mkdir(parents=True)
