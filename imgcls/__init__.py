@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from imgcls.inference.classifier import load
 
         return load
+    if name == "sweep":
+        from imgcls.tuning.sweep import sweep
+
+        return sweep
     raise AttributeError(f"module 'imgcls' has no attribute {name!r}")

@@ -26,8 +26,8 @@ FLUSH_SECONDS = 10  # of TensorBoard's events
 def say(text: str, *, needed: bool = False) -> None:
     """Prints lines, in process 0. Escape sequences in them are shown, not obeyed.
 
-    A reader or terminal that left (`| head`) or a full disk ends the output, not the run. Where the output is
-    `needed`, a full disk is a UserError.
+    A reader or terminal that left (`| head`) or a full disk ends the output, not the run. Where the
+    output is `needed`, a full disk is a UserError.
     """
     if not is_main():
         return

@@ -71,7 +71,7 @@ class Progress:
         values = ", ".join(f"{k}={v}" for k, v in self._sweep.point(job.run).items())
         if value == FAILED:
             why = json.loads((self._sweep.folder(job.run) / "failed.json").read_bytes())["why"]
-            say(f"{job.run}  failed: {why}  {values}")
+            say(f"{job.run}  failed: {why[:100]}  {values}")
             return
         if job.epoch and value > self._best[0]:
             self._best = (value, f"  best {value[0]:.4f} ({job.run})")

@@ -11,7 +11,7 @@ import ast
 import json
 import math
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from imgcls.config import KEYS, default_config, flatten, from_json, to_json
 from imgcls.errors import UserError
 
 Space = dict[str, Any]
-SCALES = {
+Function = Callable[[float], float]
+SCALES: dict[str, tuple[Function, Function]] = {
     "linear": (float, float),
     "log": (math.log, math.exp),
     "reverse_log": (lambda x: -math.log1p(-x), lambda u: -math.expm1(-u)),  # such as 0.9 to 0.999

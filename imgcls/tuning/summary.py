@@ -4,6 +4,7 @@ import itertools
 import statistics
 from typing import Any
 
+from imgcls.config import flatten
 from imgcls.errors import printable
 from imgcls.evaluation.groups import percent, student_interval, welch
 from imgcls.run import files
@@ -26,7 +27,7 @@ def finalists(sweep: Sweep) -> list[dict[str, Any]]:
     rows = []
     for trial in sweep.finalists():
         seeds = [{"run": run} | scores(sweep, run) for run in sweep.seeded(trial)]
-        row = {"trial": int(trial[-3:]), "point": sweep.point(trial), "seeds": seeds}
+        row = {"trial": int(trial[-3:]), "point": point(sweep, int(trial[-3:])), "seeds": seeds}
         row |= {"top1": None, "loss": None, "interval": None}
         top1, loss = ([seed[key] for seed in seeds] for key in ("top1", "loss"))
         if None not in top1:
@@ -34,6 +35,12 @@ def finalists(sweep: Sweep) -> list[dict[str, Any]]:
             row["interval"] = student_interval(top1)
         rows.append(row)
     return rows
+
+
+def point(sweep: Sweep, trial: int) -> dict[str, Any]:
+    """The keys that are varied, with a trial's values; trial 0 has those of the config."""
+    flat = flatten(sweep.plan["config"])
+    return sweep.points[trial] or {k: flat[k] for p in sweep.points for k in p if k in flat}
 
 
 def scores(sweep: Sweep, run: str) -> dict[str, Any]:
@@ -58,9 +65,9 @@ def write(sweep: Sweep) -> dict[str, Any]:
 
     best = finalists(sweep)
     trials = []
-    for i, point in enumerate(sweep.points if sweep.plan["space"] else ()):
+    for i in range(len(sweep.points) if sweep.plan["space"] else 0):
         run = f"trials/{i:03d}"
-        row = {"trial": i, "point": point} | scores(sweep, run)
+        row = {"trial": i, "point": point(sweep, i)} | scores(sweep, run)
         state = "out" if run not in sweep.alive else "finalist"
         trials.append(row | {"state": "failed" if row["top1"] is None else state})
     good = [row for row in best if row["top1"] is not None]
@@ -80,7 +87,7 @@ def write(sweep: Sweep) -> dict[str, Any]:
     write_json(sweep.workdir / "results.json", results)
     files.write_bytes(sweep.workdir / "table.md", markdown(results).encode())
     files.write_bytes(sweep.workdir / "table.tex", latex(results).encode())
-    write_page(sweep, results)
+    write_page(sweep.workdir, results)
     return results
 
 
@@ -105,8 +112,8 @@ def findings(results: dict[str, Any]) -> list[str]:
         said.append("The config as it is, trial 0, is as good.")
     if alike:
         named = ", ".join(f"{trial}" for trial in [best["trial"], *alike])
-        said.append(f"Trials {named} cannot be told apart with {seeds} seed(s).")
-    for key, spec in _ranges(results["space"]).items():
+        said.append(f"Trials {named} cannot be told apart with {seeds} seeds.")
+    for key, spec in ranges(results["space"]).items():
         said += _edge(key, spec, best["point"])
         said += _failures(key, list(trials.values()))
     if trials and len(trials) < 10 and len(coordinates(results["space"])) > 1:
@@ -119,10 +126,10 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def label(row: dict[str, Any]) -> str:
     values = ", ".join(f"{key}={value}" for key, value in row["point"].items())
-    return f"Trial {row['trial']} ({printable(values) or 'the config as it is'})"
+    return f"Trial {row['trial']} ({printable(values) if row['trial'] else 'the config as it is'})"
 
 
-def _ranges(space: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def ranges(space: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The keys that have ranges, wherever in the space."""
     found = coordinates(space)
     return {name.rpartition("].")[2]: spec for name, spec in found.items() if type(spec) is dict}
@@ -136,7 +143,7 @@ def _edge(key: str, spec: dict[str, Any], point: dict[str, Any]) -> list[str]:
     if EDGE < (value - low) / (high - low) < 1 - EDGE:
         return []
     side = "lower" if value - low < high - value else "upper"
-    return [f"The best value of {key}, {point[key]}, is at the {side} edge of its range: widen it."]
+    return [f"The best value of {key}, {point[key]}, is at the {side} edge of its range."]
 
 
 def _failures(key: str, trials: list[dict[str, Any]]) -> list[str]:

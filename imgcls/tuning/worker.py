@@ -1,0 +1,163 @@
+"""The processes of a sweep: each is a fork of this one and takes a job that no other has.
+
+A fork has everything imported, which saves seconds per trial. The parent must start no backend.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import imgcls.train
+from imgcls.errors import CheckpointError, ImgclsError, Stopped, UserError, out_of_memory
+from imgcls.run import files, machine, signals
+from imgcls.run.logs import complain, read_metrics
+from imgcls.run.workdir import write_json
+from imgcls.tuning.plan import Job, Sweep
+
+POLL_SECONDS = 0.2
+DEATHS = 2  # of the processes of one trial, after which it counts as failed
+
+
+class Child:
+    """A fork of this process that runs a function; its output is appended to a file."""
+
+    def __init__(self, function: Callable[[], None], log: Path, cores: Sequence[int] = ()):
+        self.code, self._log = 0, log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings(action="ignore"):  # the other thread only waits for signals
+            self._pid = os.fork()
+        if self._pid == 0:
+            os._exit(_in_child(function, log, cores))
+
+    def poll(self) -> bool:
+        """Whether it has ended. Then `code` is its exit code, or minus the signal that ended it."""
+        if self._pid and (ended := os.waitpid(self._pid, os.WNOHANG))[0]:
+            self._pid, self.code = 0, os.waitstatus_to_exitcode(ended[1])
+        return not self._pid
+
+    def send(self, number: int) -> None:
+        if not self.poll():
+            os.kill(self._pid, number)
+
+    def check(self) -> None:
+        """Raises the error that ended it, but for signals."""
+        if self.code <= 0 or self.code in signals.EXIT_CODES.values():
+            return
+        text = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        kind = {2: UserError, 4: CheckpointError}.get(self.code, ImgclsError)
+        raise kind(f"{text.splitlines()[-1].removeprefix('error: ')} (see {self._log})")
+
+
+class AtWork(NamedTuple):
+    job: Job
+    child: Child
+    claim: contextlib.ExitStack  # the lock; the child holds it, too
+
+
+def _in_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> int:
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)  # the parent's
+        for number in signals.EXIT_CODES:
+            signal.signal(number, signal.SIG_DFL)
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)  # the threads of XLA and of oneDNN are as many
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        function()
+        code = 0
+    except ImgclsError as error:
+        complain(f"error: {error}")
+        code = error.exit_code
+    except BaseException:
+        complain(traceback.format_exc())
+    sys.stdout.flush()
+    return code
+
+
+def claim(sweep: Sweep, jobs: list[Job], slot: int) -> dict[int, AtWork]:
+    """Starts the first of the jobs that no other process has, and takes it from the list."""
+    for job in jobs:
+        lock = sweep.workdir / "locks" / job.run.replace("/", "-")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(files.lock(lock, busy=_busy, refused=refused(sweep.workdir)))
+            except _Busy:
+                continue
+            if sweep.value(job) is None:
+                jobs.remove(job)
+                folder = sweep.folder(job.run)
+                folder.mkdir(parents=True, exist_ok=True)
+                cores, share = machine.cores(), sweep.plan["cores"]
+                mine = [cores[(slot * share + i) % len(cores)] for i in range(share)]
+                child = Child(partial(_train, sweep, job), folder / "log.txt", mine)
+                return {slot: AtWork(job, child, stack.pop_all())}
+    return {}
+
+
+class _Busy(Exception):
+    """Another process has the job."""
+
+
+def _busy(process: str) -> None:
+    raise _Busy
+
+
+def refused(workdir: Path) -> Callable[[str], str]:
+    return lambda why: f"--workdir={workdir} cannot be used ({why}): name another directory"
+
+
+def _train(sweep: Sweep, job: Job) -> None:
+    """Trains a run up to an epoch, or evaluates it. Its own fault is written down, not raised.
+
+    What is wrong with the config as it is ends the sweep.
+    """
+    try:
+        imgcls.train.train_and_evaluate(
+            sweep.config_of(job.run),
+            sweep.folder(job.run),
+            until_epoch=job.epoch,
+            test=job.epoch is None,
+        )
+    except (Stopped, CheckpointError):
+        raise
+    except Exception as error:
+        known = error if isinstance(error, ImgclsError) else out_of_memory(error)
+        if known is None or (isinstance(error, UserError) and not sweep.point(job.run)):
+            raise
+        complain(f"error: {known}")
+        fail(sweep, job, known.exit_code, str(known))
+
+
+def fail(sweep: Sweep, job: Job, code: int, why: str) -> None:
+    write_json(sweep.folder(job.run) / "failed.json", {"exit_code": code, "why": why})
+
+
+def check(sweep: Sweep, ended: AtWork) -> None:
+    """Raises what ended a process, unless it was a signal: then the job comes again, or fails."""
+    ended.child.check()
+    if (code := ended.child.code) < 0:
+        deaths = sweep.folder(ended.job.run) / "deaths.jsonl"
+        files.append_line(deaths, json.dumps({"signal": -code}))
+        if len(read_metrics(deaths)) >= DEATHS:
+            why = f"its process was ended {DEATHS} times by signal {-code} (out of memory?)"
+            fail(sweep, ended.job, code, why)
+
+
+def stop_all(children: Sequence[Child], stop: signals.StopSignal) -> None:
+    """Asks processes to save and leave, and waits for them."""
+    for child in children:
+        child.send(stop.requested or signal.SIGTERM)
+    while not all([child.poll() for child in children]):
+        time.sleep(POLL_SECONDS)
