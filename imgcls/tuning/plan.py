@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from imgcls.config import from_json
+from imgcls.errors import UserError
 from imgcls.run.logs import read_metrics
 from imgcls.run.workdir import read_json
 from imgcls.tuning import space as spaces
 
 Value = tuple[float, float]  # top-1 and minus the loss: the more the better
 FAILED = (-1.0, -math.inf)  # the value of a run without one
+
+
+KEYS = {"config", "space", "trials", "rungs", "keep", "finalists", "seeds", "search", "seed"}
+KEYS |= {"cores", "test", "keep_checkpoints"}
 
 
 class Job(NamedTuple):
@@ -29,7 +34,7 @@ class Sweep:
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
-        self.plan = read_json(workdir / "sweep.json")
+        self.plan = read_plan(workdir)
         self.config = from_json(self.plan["config"])
         p, epochs = self.plan, self.config.train.epochs
         self.rungs = [*p["rungs"], epochs]
@@ -132,3 +137,12 @@ class Sweep:
             if missing := [job for job in stage if self.value(job) is None]:
                 return stage, [job for job in missing if job.run not in at_work]
         return [], []
+
+
+def read_plan(workdir: Path) -> dict[str, Any]:
+    """sweep.json. Raises UserError where it is missing or broken."""
+    path = workdir / "sweep.json"
+    plan = read_json(path)
+    if not isinstance(plan, dict) or plan.keys() != KEYS:
+        raise UserError(f"{path} is no plan of a sweep: restore it, or use another --workdir")
+    return plan

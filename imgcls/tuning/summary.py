@@ -63,6 +63,8 @@ def write(sweep: Sweep) -> dict[str, Any]:
     """
     from imgcls.tuning.page import write_page
 
+    for _ in sweep.stages():  # to know who was not out
+        pass
     best = finalists(sweep)
     trials = []
     for i in range(len(sweep.points) if sweep.plan["space"] else 0):
@@ -110,7 +112,9 @@ def findings(results: dict[str, Any]) -> list[str]:
     ]
     if 0 in alike or best["trial"] == 0:
         said.append("The config as it is, trial 0, is as good.")
-    if alike:
+    if alike and seeds == 1:
+        said.append("One seed cannot tell trials apart: --seeds=3 or more of another sweep can.")
+    elif alike:
         named = ", ".join(f"{trial}" for trial in [best["trial"], *alike])
         said.append(f"Trials {named} cannot be told apart with {seeds} seeds.")
     for key, spec in ranges(results["space"]).items():

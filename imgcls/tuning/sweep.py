@@ -31,12 +31,12 @@ from imgcls import config as configs
 from imgcls.config import KEYS, flatten, to_json, validate
 from imgcls.errors import CheckpointError, ImgclsError, UserError
 from imgcls.experiment import Experiment
-from imgcls.run import cli, files, machine, signals
+from imgcls.run import cli, files, signals
 from imgcls.run.logs import say
 from imgcls.run.workdir import read_json, write_json
 from imgcls.tuning import space as spaces
 from imgcls.tuning import summary
-from imgcls.tuning.plan import Job, Sweep
+from imgcls.tuning.plan import Job, Sweep, read_plan
 from imgcls.tuning.progress import Progress
 from imgcls.tuning.worker import POLL_SECONDS, AtWork, Child, check, claim, refused, stop_all
 
@@ -60,13 +60,13 @@ def sweep(
         workdir: of the sweep.
         workers: how many trials run at once.
         **plan: trials=30, rungs=(), keep=0.5, finalists=3, seeds=3, search="halton", seed=0,
-            test=False, keep_checkpoints=False: as the flags of `python -m imgcls sweep`.
+            cores=1, test=False, keep_checkpoints=False: as the flags of `python -m imgcls sweep`.
 
     Raises:
         UserError, CheckpointError, ImgclsError: as the command would end.
     """
     workdir = Path(workdir)
-    start(workdir, config, spaces.canonical(space), workers=workers, **plan)
+    start(workdir, config, spaces.canonical(space), **plan)
     command = [sys.executable, "-m", "imgcls", "sweep", f"--workdir={workdir.absolute()}"]
     root = str(Path(imgcls.train.__file__).parents[1])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
@@ -96,7 +96,7 @@ def start(
     seed: int = 0,
     test: bool = False,
     keep_checkpoints: bool = False,
-    workers: int = 1,
+    cores: int = 1,
 ) -> None:
     """Writes sweep.json, or checks that the one which is there plans the same."""
     validate(config)
@@ -113,6 +113,7 @@ def start(
         raise UserError(f"--rungs={','.join(map(str, rungs))} must rise")
     plan = {"config": to_json(config), "space": space, "rungs": list(rungs), "keep": keep}
     plan |= {"finalists": finalists, "seeds": seeds, "search": search, "seed": seed}
+    plan |= {"cores": cores}  # because their number decides the last bits
     plan |= {"trials": trials if space else 1}
     points, _ = spaces.halton_points(space, config, trials, seed)
     for point in points:  # before anything is trained
@@ -122,18 +123,15 @@ def start(
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run, not a sweep: use another --workdir")
         if path.exists():
-            _check_same(read_json(path), plan, workdir)
-        # Trials have as many cores at every start, because their number decides the last bits.
-        cores = read_json(path)["cores"] if path.exists() else len(machine.cores()) // workers or 1
-        plan |= {"cores": cores, "test": test, "keep_checkpoints": keep_checkpoints}
-        write_json(path, plan)
+            _check_same(read_plan(workdir), plan, workdir)
+        write_json(path, plan | {"test": test, "keep_checkpoints": keep_checkpoints})
     if space and search == "halton" and len(points) < trials:
         say(f"the space has {len(points) - 1} points beside the config itself")
 
 
 def _check_same(saved: dict[str, Any], plan: dict[str, Any], workdir: Path) -> None:
     old, new = flatten(saved), flatten(plan)
-    ignored = {"trials", "test", "keep_checkpoints", "cores"}
+    ignored = {"trials", "test", "keep_checkpoints"}
     ignored |= {f"config.{key}" for key, entry in KEYS.items() if entry.harmless}
     differ = [k for k in {**old, **new} if k not in ignored and old.get(k) != new.get(k)]
     if differ:
@@ -217,6 +215,7 @@ def define_flags() -> None:
     flags.DEFINE_float("keep", 0.5, "Share of the trials that goes on after each.", 0, 1)
     flags.DEFINE_integer("finalists", 3, "How many are trained again with fresh seeds.", 1)
     flags.DEFINE_integer("seeds", 3, "How often.", 1)
+    flags.DEFINE_integer("cores", 1, "Of this machine, for each trial.", 1)
     flags.DEFINE_integer("workers", 1, "Trials that run at once on this machine.", 1)
     flags.DEFINE_enum(
         "search", "halton", ["halton", "tpe"], "tpe (needs optuna) learns on the way."
@@ -235,10 +234,16 @@ def main(_: list[str]) -> None:
             rungs = tuple(map(int, f.rungs))
         except ValueError:
             raise UserError(f"--rungs={','.join(f.rungs)} must be epochs, such as 2,5") from None
-        names = ("trials", "keep", "finalists", "seeds", "search", "seed", "test")
+        names = ("trials", "keep", "finalists", "seeds", "search", "seed", "cores", "test")
         given: dict[str, Any] = {name: f[name].value for name in (*names, "keep_checkpoints")}
         config = f.config.copy_and_resolve_references()
-        start(workdir, config, spaces.read_space(f.space), rungs=rungs, workers=f.workers, **given)
-    results = work(workdir, f.workers)
+        start(workdir, config, spaces.read_space(f.space), rungs=rungs, **given)
+    try:
+        results = work(workdir, f.workers)
+    except OSError as error:  # of the sweep's own files; a trial's are its process's
+        raise CheckpointError(
+            f"{workdir} cannot be written ({error.strerror}): free some space and run the same "
+            "command again"
+        ) from error
     say("\n".join(results["findings"]))
     say(f"\n{workdir / 'sweep.html'}")

@@ -37,7 +37,7 @@ class Child:
         with warnings.catch_warnings(action="ignore"):  # the other thread only waits for signals
             self._pid = os.fork()
         if self._pid == 0:
-            os._exit(_in_child(function, log, cores))
+            _be_child(function, log, cores)
 
     def poll(self) -> bool:
         """Whether it has ended. Then `code` is its exit code, or minus the signal that ended it."""
@@ -53,7 +53,7 @@ class Child:
         """Raises the error that ended it, but for signals."""
         if self.code <= 0 or self.code in signals.EXIT_CODES.values():
             return
-        text = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        text = self._log.read_text(encoding="utf-8", errors="replace").strip() or "no output"
         kind = {2: UserError, 4: CheckpointError}.get(self.code, ImgclsError)
         raise kind(f"{text.splitlines()[-1].removeprefix('error: ')} (see {self._log})")
 
@@ -64,7 +64,7 @@ class AtWork(NamedTuple):
     claim: contextlib.ExitStack  # the lock; the child holds it, too
 
 
-def _in_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> int:
+def _be_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> None:
     code = 1
     try:
         signal.set_wakeup_fd(-1)  # the parent's
@@ -72,18 +72,25 @@ def _in_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> 
             signal.signal(number, signal.SIG_DFL)
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)  # the threads of XLA and of oneDNN are as many
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
+        with open(log, "a", encoding="utf-8", buffering=1) as file:
+            sys.stdout = sys.stderr = file
+            for stream in (1, 2):  # of what is not Python
+                os.dup2(file.fileno(), stream)
+            code = _exit_code(function)
+    finally:
+        os._exit(code)
+
+
+def _exit_code(function: Callable[[], None]) -> int:
+    try:
         function()
-        code = 0
     except ImgclsError as error:
         complain(f"error: {error}")
-        code = error.exit_code
+        return error.exit_code
     except BaseException:
         complain(traceback.format_exc())
-    sys.stdout.flush()
-    return code
+        return 1
+    return 0
 
 
 def claim(sweep: Sweep, jobs: list[Job], slot: int) -> dict[int, AtWork]:
