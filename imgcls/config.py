@@ -350,7 +350,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, ConfigDict | dict) and (value or not prefix):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key] = {} if isinstance(value, ConfigDict) else value  # an empty one
     return flat
 
 

@@ -1,6 +1,7 @@
 """From a config to what it names: `Experiment` has a run's data, model and compiled steps."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ from imgcls.steps import (
     train_step,
 )
 from imgcls.task import TASKS, Task
+
+EMA_SETTLES = 30  # steps
 
 
 class Experiment:
@@ -190,14 +193,23 @@ class Experiment:
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         examples = self.splits[split]
-        for indices in eval_order(len(examples), batch_size=self.eval_batch_size):
+        for indices in eval_order(len(examples), batch_size=self.eval_batch_size(len(examples))):
             yield put_batch(examples.read, indices, self.mesh)
 
-    @property
-    def eval_batch_size(self) -> int:
-        """The config's, rounded up to what the devices can share."""
+    def eval_batch_size(self, examples: int) -> int:
+        """The config's, rounded up to what the devices can share, but no more than are needed."""
         devices = jax.device_count()
-        return -(-self.config.eval.batch_size // devices) * devices
+        # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
+        enough = devices << max(0, -(-examples // devices) - 1).bit_length()
+        return min(-(-self.config.eval.batch_size // devices) * devices, enough)
+
+    def may_be_best(self, step: int) -> bool:
+        """Whether the validation of a step may make its checkpoint the best.
+
+        BatchNorm's statistics are of the parameters, not of their average. In the first steps the
+        two are far apart, and the average is then far worse than it could be.
+        """
+        return not self.config.optim.ema_decay or step >= min(EMA_SETTLES, self.total_steps)
 
     def augmented_images(self, step: int = 0) -> jax.Array:
         """The images of a step's batch as the network sees them: float32[B, H, W, C] in [0, 1]."""
@@ -252,7 +264,9 @@ class Experiment:
             unroll=jax.default_backend() == "cpu",
         )
         step = self.jit(step, donate_argnums=0)
-        program = step.lower(state, self.train_batch(0), self.rng).compile()
+        with nn.intercept_methods(_refuse_constants):
+            lowered = step.lower(state, self.train_batch(0), self.rng)
+        program = lowered.compile()
         machine.check_memory(program)
         return program
 
@@ -280,6 +294,19 @@ class Experiment:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere),
             jax.eval_shape(create, jax.random.key(0), sample),
         )
+
+
+def _refuse_constants(call: Callable, arguments: Any, keywords: Any, context: Any) -> Any:
+    """For `nn.intercept_methods`: BatchNorm in training makes a constant of a single value."""
+    batch_norm = isinstance(context.module, nn.BatchNorm)
+    if batch_norm and not context.module.use_running_average:
+        shape = arguments[0].shape
+        if math.prod(shape[:-1]) == 1:
+            raise UserError(
+                f"config.train.batch_size over accumulate_steps is 1, and BatchNorm of {shape} has "
+                "one value per channel, of which it makes a constant: raise config.train.batch_size"
+            )
+    return call(*arguments, **keywords)
 
 
 def load_config(workdir: Path) -> ConfigDict:

@@ -63,6 +63,8 @@ def train_step(
 
     All randomness comes from (rng, state.step). The gradient is averaged over `accumulate_steps`
     equal parts of the batch, one after the other, so that one part's activations are in memory.
+    BatchNorm normalises each part alone and moves its running statistics once per part; dropout
+    draws per part. Without both, the result is that of one part.
     Where loss or gradient is not finite, only the step counter changes, and the metric "bad" is 1.
 
     Returns the new state, and sums over the batch: of the task's figures, "count" and "bad".

@@ -223,7 +223,7 @@ def train(
                 saved_step = step
                 clock.pause()
             if validated:
-                checkpoints.record(step, validated)
+                checkpoints.record(step, validated if exp.may_be_best(step) else {})
             if stop or enough:
                 break
             state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)

@@ -110,11 +110,31 @@ def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
             r"too often for config.train.small_image_size=\(1, 1\)",
         ),
         ({"model__widths": (4, 4, 4), "model__whiten": True}, "halves the image 3 times"),
+        # Larger than anything computes with.
+        ({"data__mean": (10**400,)}, "config.data.mean"),
+        ({"data__std": (10**400,)}, "config.data.std"),
+        ({"data__image_size": (10**9, 8)}, "each from 1 to 10000"),
+        ({"train__small_epochs": 1.0, "train__small_image_size": (10**5, 10**5)}, "small_image_s"),
+        ({"model__widths": (10**9, 8)}, "config.model.widths"),
+        ({"model__convs_per_block": 10**9}, "convs_per_block=1000000000 must be"),
+        ({"augment__translate_pixels": 10**9}, "translate_pixels=1000000000 must be"),
+        ({"augment__cutout_pixels": 10**12}, "cutout_pixels=1000000000000 must be"),
+        ({"train__epochs": 2**31}, "config.train.epochs=2147483648 must be"),
+        ({"data__dir": "a\0b"}, r"config.data.dir='a\\x00b' must be a path"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(overrides, message):
     with pytest.raises(UserError, match=message):
         validate(small_config(**overrides))
+
+
+@pytest.mark.parametrize("value", [{}, np.int64(3), np.float32(0.5), np.ones(2), None, [1]])
+def test_values_of_other_types_are_refused_by_name(value):
+    for key in ("flip_probability", "cutout_pixels", "unknown"):
+        config = small_config().unlock()
+        config.augment = {k: v for k, v in config.augment.items() if k != key} | {key: value}
+        with pytest.raises(UserError, match=rf"config\.augment\.{key}.* (must be|is not a key)"):
+            validate(config)
 
 
 def test_padded_whitening_leaves_room_for_one_more_pooling():

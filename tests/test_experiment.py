@@ -92,6 +92,41 @@ def test_validation_must_not_share_examples(split):
         experiment.open_splits(small_config(**overrides), "train")
 
 
+def compile_first_step(config, **split):
+    exp = Experiment(config, splits={"train": random_split(config, **split)})
+    exp.compile_train_step(exp.state_target(), small=exp.small_steps > 0)
+
+
+def test_one_value_per_channel_is_refused_where_batch_norm_would_make_it_a_constant(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(experiment, "put_batch", lambda read, indices, _: read(indices))
+    monkeypatch.setattr(experiment, "replicated", lambda _: None)
+    one_pixel = {"model__widths": (4, 4, 4), "train__batch_size": 1}
+    small = {"train__small_epochs": 1.0, "train__small_image_size": (4, 4)}
+    for refused in (
+        one_pixel,
+        one_pixel | {"train__batch_size": 4, "train__accumulate_steps": 4},
+        one_pixel | {"model__widths": (4, 4)} | small,
+    ):
+        with pytest.raises(UserError, match="one value per channel"):
+            compile_first_step(small_config(**refused))
+    for fine in (
+        one_pixel | {"train__batch_size": 2},
+        one_pixel | {"model__widths": (4, 4)},
+    ):
+        compile_first_step(small_config(**fine))
+    compile_first_step(small_config("mlp", train__batch_size=1))
+
+
+def test_evaluation_takes_no_more_images_at_once_than_there_are():
+    config = small_config(eval__batch_size=10**9)
+    exp = Experiment(config, splits={"validation": random_split(config, examples=90)})
+    (batch,) = exp.eval_batches("validation")
+    assert batch["mask"].shape == (128,) and batch["mask"].sum() == 90
+    config.eval.batch_size = 30
+    assert [len(batch["mask"]) for batch in exp.eval_batches("validation")] == [32, 32, 32]
+
+
 def test_without_test_the_test_split_is_not_opened(monkeypatch):
     opened = SOURCES["digits"]
 

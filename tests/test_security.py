@@ -2,10 +2,13 @@
 
 import _pickle
 import io
+import json
 import multiprocessing.reduction
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ from imgcls import experiment, load
 from imgcls.data import cache
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.inference.predict import predict
+from imgcls.run import logs
 from imgcls.train import train_and_evaluate
 from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 from tests.inference.test_export import needs_onnx
@@ -142,6 +146,62 @@ def test_nothing_is_written_outside_whatever_the_names_are(odd_run):
     assert "<img src=x" not in page and "&lt;img src=x" in page and "<b>..%2f" not in page
 
 
+HOSTILE = "\x1b]0;title\x07\x9b31m\r\u202e\udcff"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_what_is_said_is_shown_and_never_obeyed(encoding, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding, "backslashreplace"))
+    sys.stdout.reconfigure(errors="strict")
+    sys.stderr.isatty = lambda: True
+    logs.say(f"naïve 图 {HOSTILE}\nline")
+    logs.complain(HOSTILE)
+    with logs.progress(1, f"decoding {HOSTILE}", "images"):
+        pass
+    said, complained = (stream.buffer.getvalue() for stream in (sys.stdout, sys.stderr))
+    escaped = r"\x1b]0;title\x07\x9b31m\r\u202e\udcff"
+    shown = "naïve 图".encode(encoding, "backslashreplace").decode(encoding)
+    assert said.decode(encoding) == f"{shown} {escaped}\nline\n"
+    assert complained.decode(encoding).count(escaped) >= 2 and b"\x1b]" not in complained
+
+
+READER = """
+import sys
+from pathlib import Path
+from imgcls import experiment
+from imgcls.run import cli
+class Command:
+    define_flags = staticmethod(lambda: None)
+    main = staticmethod(lambda _: experiment.open_splits(experiment.load_config(Path(sys.argv[2]))))
+cli.run(lambda: Command, sys.argv[:1])
+"""
+
+
+def test_names_in_a_workdir_reach_the_terminal_escaped(workdir, tmp_path):
+    """A key of config.json in a warning, a folder in an error."""
+    config = json.loads((workdir / "config.json").read_text()) | {HOSTILE: 1}
+    config["data"] |= {"name": "image_folder", "dir": HOSTILE}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", READER, "command", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100)
+    assert result.returncode == 2
+    assert all(char.isprintable() or char == "\n" for char in result.stderr.decode())
+    assert result.stderr.count(rb"\x1b]0;title\x07\x9b31m\r\u202e\udcff") == 2, result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize(
+    ("redirection", "why"), [(">/dev/full", b"No space"), (">&-", b"Bad file"), ("2>&-", b"")]
+)
+def test_output_that_cannot_be_written_is_one_line_and_not_the_end(redirection, why):
+    command = f"{sys.executable} main.py --config=configs/digits.py --help {redirection}"
+    result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, timeout=100)
+    assert result.returncode == 0
+    assert result.stderr.count(b"\n") == bool(why) and why in result.stderr
+    assert b"Traceback" not in result.stderr and bool(result.stdout) == (not why)
+
+
 def test_odd_pictures_are_predicted_as_they_were_evaluated(odd_run):
     top, _ = odd_run
     with np.load(top / "run/predictions.npz", allow_pickle=False) as saved:
@@ -154,7 +214,8 @@ def test_odd_pictures_are_predicted_as_they_were_evaluated(odd_run):
     }
     assert len(ids) == len(files)
     paths = [files[i.replace("\\n", "\n").replace("\\\\", "\\")] for i in ids]
-    found = np.stack(list(predict(load(top / "run"), [os.fspath(path) for path in paths])))
+    plain = load(top / "run", calibrated=False)
+    found = np.stack(list(predict(plain, [os.fspath(path) for path in paths])))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert len(np.unique(expected, axis=0)) == 7, "three of the nine show the same"
 

@@ -1,7 +1,11 @@
 """From picture files to uint8 arrays, the same way in training, evaluation and prediction."""
 
+import contextlib
 import io
 import os
+import re
+import threading
+from typing import Any
 
 import numpy as np
 import PIL
@@ -11,12 +15,18 @@ from imgcls.errors import BadExampleError, printable
 
 # Nothing else is ever opened: Pillow would hand an EPS file to Ghostscript, for one.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-# Checked when only the header has been read; 100 megapixels are 300 MB when decoded.
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # checked when only the header has been read
+# Larger pictures are halved, and decoded one at a time, because 100 megapixels need up to 1.2 GB.
+# One of 25 needs 0.2 GB, or 0.6 GB if it is transparent, in each thread.
+LARGE = 25_000_000
+MAX_SCANS = 100  # of a JPEG, fewer of a large one: each takes as long as a decoding; usual are 10
 # What shows through transparent pixels, whatever colour is hidden in them: white, as on a page.
 BACKGROUND = (255, 255, 255, 255)
 # Part of every fingerprint: another decoder may give other pixels.
-DECODER = f"Pillow {PIL.__version__}"
+DECODER = f"Pillow {PIL.__version__}, halved above {LARGE}"
+
+_large = threading.Lock()
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of a JPEG, with a length, or its end
 
 
 def decode_image(
@@ -33,24 +43,34 @@ def decode_image(
         name: what an error calls a picture that has no path.
 
     Returns:
-        uint8[h, w, channels], not writeable.
+        uint8[h, w, channels], not writeable; of half the size where there are over `LARGE` pixels.
 
     Raises:
-        BadExampleError: no such picture, damaged, unreadable, or of more than `MAX_PIXELS`.
+        BadExampleError: no such picture, damaged, unreadable, or of more than `MAX_PIXELS` or
+            `MAX_SCANS`.
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise Image.DecompressionBombError(f"{size} is over {MAX_PIXELS:,} pixels")
-            return _to_array(image, channels)
+            if image.format in ("JPEG", "MPO"):
+                scans, most = _count_scans(image.fp), min(MAX_SCANS, 15 * MAX_PIXELS // pixels)
+                if scans > most:
+                    raise ValueError(f"{scans} scans are more than the {most} that are decoded")
+            with _large if pixels > LARGE else contextlib.nullcontext():
+                return _to_array(image, channels)
     except Exception as error:  # on damaged files Pillow raises nearly every type there is
         where = printable(name if isinstance(source, bytes) else source)
         raise BadExampleError(f"{where}: {_reason(error, source)}") from error
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    large = image.width * image.height > LARGE
+    if large and image.draft(None, (image.width // 2, image.height // 2)):
+        large = False  # a JPEG, which is halved while it is decoded
     image.load()  # not in the try: damaged pixels are an error
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -58,13 +78,31 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     except Exception:  # an unreadable EXIF block counts as none, as it does in browsers
         pass
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's convert() would clip to white
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        below = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(below, image.convert("RGBA"))
+        image = Image.fromarray(((np.asarray(image, np.int32) + 128) // 257).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
-    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    transparent = image.has_transparency_data
+    image = _converted(image, "RGBA" if transparent else mode)
+    if large:
+        image = image.reduce(2)
+    if transparent:
+        below = Image.new("RGBA", image.size, BACKGROUND)
+        image = _converted(Image.alpha_composite(below, image), mode)
+    array = np.asarray(image)
     return array.reshape(*array.shape[:2], channels)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _count_scans(file: Any) -> int:
+    """The passes over a JPEG's pixels. Pictures that it embeds, or that follow it, have others."""
+    file.seek(0)
+    content, scans, position = file.read(4 * MAX_PIXELS), 0, 2
+    while (found := _MARKER.search(content, position)) and found[0] != b"\xff\xd9":
+        scans += found[0] == b"\xff\xda"
+        position = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
 
 
 def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:

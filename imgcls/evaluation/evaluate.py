@@ -68,7 +68,7 @@ def evaluate(
         fit_on = (logits["validation"], splits["validation"].labels)
     try:
         scores = score(task, logits[split], examples.labels, names, fit_on)
-    except ValueError as error:
+    except DivergedError as error:
         raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
     trained = step * config.train.batch_size
     results = {
@@ -138,7 +138,7 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     workdir, split, checkpoint = cli.required_workdir(), flags.FLAGS.split, flags.FLAGS.checkpoint
-    classifier = load(workdir, checkpoint)
+    classifier = load(workdir, checkpoint, calibrated=False)
     config = classifier.config
     if not config.data[split]:
         raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")

@@ -107,7 +107,7 @@ def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) ->
     if temperature is not None:
         cooled = scores.reliability(run.logits / temperature, run.labels)
         series[f"at temperature {temperature:.2f}"] = cooled
-    confidence = softmax(run.logits.astype(np.float64), axis=1).max(axis=1)
+    confidence = softmax(run.logits / np.float64(temperature or 1), axis=1).max(axis=1)
     predicted = run.logits.argmax(axis=1)
     mistakes = np.flatnonzero(predicted != run.labels)
     mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:GALLERY]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax, softmax
 
+from imgcls.errors import DivergedError
 from imgcls.task import Classification, Task
 
 BINS = 15  # of confidence, as in Guo et al. 2017
@@ -28,8 +29,10 @@ def score(
     temperature of a classification is fitted on the logits and labels of `validation`.
 
     Raises:
+        DivergedError: a logit is not finite.
         ValueError: as `evaluate_logits`; or a figure is not finite.
     """
+    _check_finite(logits)
     if isinstance(task, Classification) and labels.ndim == 1:
         temperature = fit_temperature(*validation) if validation else None
         return evaluate_logits(logits, labels, class_names, temperature=temperature)
@@ -58,7 +61,8 @@ def evaluate_logits(
         are undefined, such as the recall of a class that does not occur, are None.
 
     Raises:
-        ValueError: shapes do not fit, a label is out of range or a logit is not finite.
+        DivergedError: a logit is not finite.
+        ValueError: shapes do not fit, or a label is out of range.
     """
     logits, labels = _checked(logits, labels)
     if len(class_names) != logits.shape[1]:
@@ -96,7 +100,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T that minimises the NLL of `logits / T` (Guo et al. 2017, section 4.2).
 
     Where every prediction is right the NLL falls without end as T goes to 0, so T is kept within
-    `TEMPERATURE_BOUNDS`. Raises ValueError as `evaluate_logits` does.
+    `TEMPERATURE_BOUNDS`. Raises what `evaluate_logits` does.
     """
     from scipy.optimize import minimize_scalar
 
@@ -134,11 +138,15 @@ def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     classes = logits.shape[1]
     for i in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
         raise ValueError(f"label {labels[i]} of example {i} is outside [0, {classes})")
+    _check_finite(logits)
+    return logits, labels
+
+
+def _check_finite(logits: np.ndarray) -> None:
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if broken.size:
         count = f"{broken.size} of {len(logits)} examples"
-        raise ValueError(f"logits of {count} are not finite, first {broken[0]}")
-    return logits, labels
+        raise DivergedError(f"logits of {count} are not finite, first {broken[0]}")
 
 
 def _nll(logits: np.ndarray, labels: np.ndarray) -> float:

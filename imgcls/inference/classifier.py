@@ -1,11 +1,13 @@
 """A trained model ready for use: `load("runs/cifar10")(images)` gives probabilities."""
 
+import contextlib
+import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -24,11 +26,13 @@ class Classifier:
     """A model with its parameters and its preprocessing, from what its run saved.
 
     Attributes: `experiment`, its `config` and `class_names`; `state`, whose step tells which
-    checkpoint it is; and `meta`, which was saved with it.
+    checkpoint it is; `meta`, which was saved with it; and `temperature`, by which logits are
+    divided before they become probabilities.
     """
 
     def __init__(self, experiment: Experiment, state: TrainState, meta: dict[str, Any]):
         self.experiment, self.state, self.meta = experiment, state, meta
+        self.temperature = 1.0
         self.config, self.class_names = experiment.config, experiment.class_names
         self._predict = experiment.jit_predict_step()
 
@@ -47,7 +51,8 @@ class Classifier:
             fitted[i] = fit_image(image, image_size=size, resize=c.resize)
         labels = np.zeros(len(fitted), np.int32)
         split = Split("images", [fitted], labels, range(len(fitted)), self.class_names)
-        return np.asarray(self.experiment.task.probabilities(self.logits(split, quiet=True)))
+        logits = self.logits(split, quiet=True) / np.float32(self.temperature)
+        return np.asarray(self.experiment.task.probabilities(logits))
 
     def logits(
         self,
@@ -69,10 +74,7 @@ class Classifier:
         def read(indices: np.ndarray) -> dict[str, np.ndarray]:
             return {str(i): x for i, x in enumerate(views(split.read(indices)["image"]))}
 
-        # A few images do not pay for a whole batch; powers of two keep the compiled programs few.
-        devices = jax.device_count()
-        enough = devices << max(0, -(-len(split) // devices) - 1).bit_length()
-        batch_size = min(self.experiment.eval_batch_size, enough)
+        batch_size = self.experiment.eval_batch_size(len(split))
         rows: list[np.ndarray] = [np.zeros((0, len(self.class_names)), np.float32)]
         shown = (len(split), f"evaluating {split.name}", "images")
         with tqdm(disable=True) if quiet else progress(*shown) as bar:
@@ -85,10 +87,14 @@ class Classifier:
         return np.concatenate(rows)
 
 
-def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
+def load(workdir: str | Path, checkpoint: str = "", *, calibrated: bool = True) -> Classifier:
     """The classifier that a run trained, from its config.json and its checkpoints alone.
 
-    `checkpoint` is "latest", "best" or a step; by default the one that the run's config names.
+    Args:
+        workdir: of the run.
+        checkpoint: "latest", "best" or a step; by default the one that the run's config names.
+        calibrated: divide logits by the temperature that `evaluate` fitted on validation for this
+            checkpoint, if it did.
 
     Raises:
         UserError, CheckpointError: see `imgcls.errors`.
@@ -102,4 +108,19 @@ def load(workdir: str | Path, checkpoint: str = "") -> Classifier:
     experiment = Experiment(config, class_names=meta["class_names"])
     experiment.keep_ops(meta["cpu_kernels"])
     state, meta = checkpoints.restore(which, experiment.state_target())
-    return Classifier(experiment, state, meta)
+    classifier = Classifier(experiment, state, meta)
+    if calibrated:
+        classifier.temperature = fitted_temperature(workdir, int(state.step))
+    return classifier
+
+
+def fitted_temperature(workdir: Path, step: int) -> float:
+    """The temperature in a results*.json of this step, which is logged; 1 where there is none."""
+    for path in sorted(workdir.glob("results*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            results = json.loads(path.read_bytes())
+            temperature = results["calibration"]["temperature"]
+            if results["step"] == step and 0 < temperature < 100:
+                logging.info("calibrated: temperature %.3f of %s", temperature, path)
+                return float(temperature)
+    return 1.0

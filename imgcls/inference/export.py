@@ -1,16 +1,18 @@
 """A trained model as one file for other programs, checked before it takes its name.
 
     python -m imgcls export --workdir=runs/cifar10 --format=stablehlo|onnx|safetensors
-                            --output=PATH [--checkpoint=latest|best|STEP]
+                            --output=PATH [--checkpoint=latest|best|STEP] [--raw]
 
 stablehlo and onnx hold preprocessing, weights and softmax: uint8[N, H, W, C] of the model's input
 size, for any N, to probabilities float32[N, K]; images of another type are refused.
     stablehlo    for cpu, cuda and tpu: jax.export.deserialize(bytearray of the file).call(images)
     onnx         input "images", output "probabilities", class names in the metadata as JSON;
                  needs pip install -r requirements-onnx.txt
-    safetensors  the weights alone, named as in params.Conv_0.kernel; config and class names in the
-                 metadata as JSON
+    safetensors  the weights alone, named as in params.Conv_0.kernel; config, class names and
+                 temperature in the metadata as JSON
 
+Logits are divided by the temperature that `evaluate` fitted on validation, if it did; not with
+--raw.
 The file is read back and compared with the model on 256 test images, which does not count as an
 evaluation; weights on noise, which needs no data. Where probabilities differ by more than 1e-4 it
 is not kept, and the exit code is 1.
@@ -48,7 +50,7 @@ class FloatModel:
 
     def __init__(self, classifier: Classifier):
         self.config, self.class_names = classifier.config, classifier.class_names
-        self._experiment = classifier.experiment
+        self._experiment, self.temperature = classifier.experiment, classifier.temperature
         self._model = build_model(self.config, len(self.class_names)).clone(dtype=np.float32)
         self.variables = jax.device_get(classifier.state.eval_variables)
         shape = ("n", *self.config.data.image_size, self.config.data.channels)
@@ -59,7 +61,7 @@ class FloatModel:
         """Probabilities float32[N, K] of images uint8[N, H, W, C]."""
         images = self._experiment.preprocess(images)
         logits: Any = self._model.apply(variables, images, train=False)
-        return self._experiment.task.probabilities(logits)
+        return self._experiment.task.probabilities(logits / np.float32(self.temperature))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.apply(self.variables, images)
@@ -93,6 +95,7 @@ def load_onnx(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
 def to_safetensors(model: FloatModel) -> bytes:
     names = json.dumps(model.class_names)
     metadata = {"config": json.dumps(to_json(model.config)), "class_names": names}
+    metadata["temperature"] = str(model.temperature)
     return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)
 
 
@@ -145,6 +148,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "The file to write.")
     cli.define_checkpoint()
     define_harmless()
+    cli.define_raw()
 
 
 def main(_: list[str]) -> None:
@@ -157,7 +161,7 @@ def main(_: list[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:  # refused, if it is, before the work
-            classifier = load(workdir, flags.FLAGS.checkpoint)
+            classifier = load(workdir, flags.FLAGS.checkpoint, calibrated=not flags.FLAGS.raw)
             weights = file_format == "safetensors"
             test = None if weights else open_splits(classifier.config, "test")[0]
             found = export(classifier, test, Path(file.name), file_format=file_format)

@@ -1,17 +1,17 @@
 """What a trained model says about pictures.
 
     python -m imgcls predict --workdir=runs/cifar10 [--checkpoint=latest|best|STEP] [--top=5]
-                             [--json] IMAGE_OR_FOLDER...
+                             [--raw] [--json] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
 of the names, without hidden files. With --json a line is {"path", "predictions": [{"class",
 "probability"}, ...]}, the likeliest first, or {"path", "error"} for a file that cannot be read:
-these are named on stderr, the others are still predicted, and the exit code is 2.
+these are named on stderr, the others are still predicted, and the exit code is 2. Probabilities are
+calibrated where `evaluate` fitted a temperature on validation; with --raw they are the network's.
 """
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +24,7 @@ from imgcls.errors import BadExampleError, UserError, printable
 from imgcls.experiment import define_harmless
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
-from imgcls.run.logs import say
+from imgcls.run.logs import complain, say
 
 POSITIONAL = True  # arguments are not only flags
 
@@ -37,12 +37,13 @@ def find_files(arguments: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for argument in arguments:
-        if not os.path.exists(argument):
-            raise UserError(f"{printable(argument)} does not exist: name pictures or folders")
         if os.path.isdir(argument):
             found += sorted(entry.path for entry in walk(argument, refuse_loops=False))
-        else:
+        elif os.path.isfile(argument):
             found.append(argument)
+        else:  # reading a pipe could take for ever
+            why = "is no regular file" if os.path.exists(argument) else "does not exist"
+            raise UserError(f"{printable(argument)} {why}: name pictures or folders")
     if not found:
         raise UserError("there is no file to predict: name pictures, or folders that hold some")
     return found
@@ -72,11 +73,13 @@ def define_flags() -> None:
     flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
     cli.define_checkpoint()
     define_harmless()
+    cli.define_raw()
 
 
 def main(arguments: list[str]) -> None:
     paths, top = find_files(arguments), flags.FLAGS.top
-    classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint)
+    calibrated = not flags.FLAGS.raw
+    classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint, calibrated=calibrated)
     names = classifier.class_names
     if top is not None and not 1 <= top <= len(names):
         raise UserError(f"--top={top} must be from 1 to {len(names)}, the classes of this run")
@@ -86,12 +89,12 @@ def main(arguments: list[str]) -> None:
         row, text = dict[str, object](path=path), f"{printable(path):<{wide}}"
         if isinstance(found, BadExampleError):
             bad += 1
-            print(f"error: {found}", file=sys.stderr)
+            complain(f"error: {found}")
             row["error"], text = str(found), f"{text}  cannot be read"
         else:
             best = [(names[k], float(found[k])) for k in np.argsort(-found)[: top or 5]]
             row["predictions"] = [{"class": name, "probability": p} for name, p in best]
             text += "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
-        say(json.dumps(row) if flags.FLAGS.json else text)
+        say(json.dumps(row) if flags.FLAGS.json else text, needed=True)
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")

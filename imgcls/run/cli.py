@@ -32,6 +32,10 @@ def define_checkpoint() -> None:
     flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
 
 
+def define_raw() -> None:
+    flags.DEFINE_boolean("raw", False, "Probabilities as trained, not calibrated.")
+
+
 def required_workdir() -> Path:
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is missing: try --workdir=runs/digits")

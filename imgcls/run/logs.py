@@ -26,8 +26,8 @@ FLUSH_SECONDS = 10  # of TensorBoard's events
 def say(text: str, *, needed: bool = False) -> None:
     """Prints lines, in process 0. Escape sequences in them are shown, not obeyed.
 
-    A reader or terminal that left (`| head`) or a full disk ends the output, not the run. Where the
-    output is `needed`, a full disk is a UserError.
+    A reader or terminal that left (`| head`) or a full disk ends the output, not the run; but a
+    full disk is a UserError where the output is `needed`.
     """
     if not is_main():
         return
@@ -38,11 +38,12 @@ def say(text: str, *, needed: bool = False) -> None:
         sys.stdout.flush()
     except OSError as error:
         drop(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return
         why = f"the output cannot be written ({error.strerror})"
-        if needed and not isinstance(error, BrokenPipeError):
+        if needed:
             raise UserError(f"{why}: send it elsewhere") from None
-        if not isinstance(error, BrokenPipeError):
-            complain(f"warning: {why}: nothing more is printed there")
+        complain(f"warning: {why}: nothing more is printed there")
 
 
 def complain(text: str) -> None:

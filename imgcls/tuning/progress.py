@@ -76,10 +76,8 @@ class Progress:
         if job.epoch and value > self._best[0]:
             self._best = (value, f"  best {value[0]:.4f} ({job.run})")
         where = "test" if job.epoch is None else f"epoch {job.epoch}"
-        say(
-            f"{job.run}  {where}  top1 {value[0]:.4f}  loss {-value[1]:.4f}  {values}"
-            f" {self._best[1]}  {self._done}/{self._all.total} epochs"
-        )
+        left = "" if self._terminal else f"{self._best[1]}  {self._done}/{self._all.total} epochs"
+        say(f"{job.run}  {where}  top1 {value[0]:.4f}  loss {-value[1]:.4f}  {values}{left}")
 
     def _last_row(self, job: Job) -> dict[str, Any]:
         with contextlib.suppress(OSError):

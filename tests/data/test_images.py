@@ -1,11 +1,14 @@
 import io
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from imgcls.data import images
 from imgcls.data.images import MAX_PIXELS, decode_image, fit_image
 from imgcls.errors import BadExampleError, printable
 
@@ -205,6 +208,62 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(width, monkeypatch
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(BadExampleError, match="pixels"):
         decode_image(bomb, channels=1)
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(monkeypatch):
+    """Each takes as long as a decoding."""
+    progressive = encode(smooth(64, 64), "JPEG", progressive=True)
+    assert decode_image(progressive, channels=3).shape == (64, 64, 3)
+    last = progressive.rindex(b"\xff\xda")
+    many = progressive[:-2] + 200 * progressive[last:-2] + progressive[-2:]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadExampleError, match="210 scans are more than the 100"):
+        decode_image(many, channels=3)
+
+
+def test_what_a_jpeg_embeds_and_what_follows_it_are_no_scans_of_it():
+    scans = 500 * b"\xff\xda\0\2"
+    embedding = encode(smooth(64, 64), "JPEG", comment=scans)
+    assert scans in embedding
+    for content in (embedding, encode(smooth(64, 64), "JPEG", progressive=True) + scans):
+        assert decode_image(content, channels=3).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "JPEG", "transparent", "palette", "16 bits"])
+def test_a_large_picture_is_halved_whatever_it_is(kind, channels, monkeypatch):
+    pixels = np.repeat(smooth(8, 15).repeat(2, 0).repeat(2, 1)[..., :1], 3, axis=-1)
+    picture = Image.fromarray(pixels)
+    encoded = {
+        "transparent": lambda: encode(picture.convert("RGBA")),
+        "palette": lambda: encode(picture.convert("L").convert("P")),
+        "16 bits": lambda: encode(pixels[..., 0].astype(np.uint16) * 257),
+    }.get(kind, lambda: encode(picture, kind, **({"quality": 100} if kind == "JPEG" else {})))()
+    assert decode_image(encoded, channels=channels).shape == (16, 30, channels)
+    monkeypatch.setattr(images, "LARGE", 100)
+    halved = decode_image(encoded, channels=channels)
+    expected = np.repeat(pixels[::2, ::2, :1], channels, axis=-1)
+    np.testing.assert_allclose(halved, expected, atol=0 if kind != "JPEG" else 30)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
+    active, most, load = [], [], ImageFile.ImageFile.load
+
+    def slow_load(self):
+        active.append(1)
+        most.append(len(active))
+        time.sleep(0.02)
+        active.pop()
+        return load(self)
+
+    encoded = encode(smooth(16, 16))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", slow_load)
+    for limit, together in ((1000, True), (100, False)):
+        monkeypatch.setattr(images, "LARGE", limit)
+        most.clear()
+        with ThreadPoolExecutor(4) as executor:
+            list(executor.map(lambda _: decode_image(encoded, channels=3), range(8)))
+        assert (max(most) > 1) == together
 
 
 def test_missing_and_unreadable_paths_are_named(tmp_path):

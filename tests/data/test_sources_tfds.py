@@ -238,6 +238,7 @@ def test_a_damaged_directory_is_named_with_the_remedy(damage, copy):
 
 PLANTED = {"pythonClassName": "planted.Feature", "text": {}}
 DICT = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+dictionary = lambda **features: {"pythonClassName": DICT, "featuresDict": {"features": features}}
 NAMED = {
     "the whole": lambda saved: PLANTED,
     "one of them": lambda saved: saved["featuresDict"]["features"].update(id=PLANTED) or saved,
@@ -248,12 +249,14 @@ NAMED = {
     "of older versions": lambda saved: {
         "type": DICT, "content": {"image": {"type": "planted.Feature", "content": {}}}
     },
-    "one within another": lambda saved: {
+    "one within another": lambda saved: dictionary(x=dictionary(y=PLANTED)),
+    "as text": lambda saved: {
         "pythonClassName": DICT,
-        "featuresDict": {"features": {"x": {"pythonClassName": DICT, "featuresDict": {"features": {"y": PLANTED}}}}},
+        "jsonFeature": {"json": json.dumps({"x": {"type": "planted.Feature"}})},
     },
-    "as text": lambda saved: {"pythonClassName": DICT, "jsonFeature": {"json": json.dumps({"x": {"type": "planted.Feature"}})}},
-    "where TFDS's own are": lambda saved: {"pythonClassName": "tensorflow_datasets.core.features.planted.Image"},
+    "where TFDS's own are": lambda saved: {
+        "pythonClassName": "tensorflow_datasets.core.features.planted.Image"
+    },
 }  # fmt: skip
 
 

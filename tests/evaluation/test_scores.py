@@ -7,6 +7,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
+from imgcls.errors import DivergedError
 from imgcls.evaluation.scores import (
     evaluate_logits,
     fit_temperature,
@@ -162,10 +163,26 @@ def test_temperature_of_a_perfect_split_stays_within_bounds():
 def test_logits_that_are_not_finite_are_refused(split, broken):
     logits, labels = split
     logits[[17, 40], 2] = broken
-    with pytest.raises(ValueError, match="2 of 500 examples are not finite, first 17"):
+    with pytest.raises(DivergedError, match="2 of 500 examples are not finite, first 17"):
         evaluate_logits(logits, labels, NAMES)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         fit_temperature(logits, labels)
+
+
+class Broken(Classification):
+    def figures(self, logits, targets, *, train):
+        return {"loss": np.full(len(logits), np.nan)}
+
+
+def test_a_task_of_which_only_the_figures_are_not_finite_has_not_diverged(split):
+    """Its code is wrong: an error of its own, with a traceback."""
+    logits, labels = split
+    vectors = np.eye(logits.shape[1], dtype=np.float32)[labels]
+    with pytest.raises(ValueError, match="figures are not finite"):
+        score(Broken(), logits, vectors, NAMES)
+    logits[3, 1] = np.nan
+    with pytest.raises(DivergedError, match="1 of 500 examples"):
+        score(Broken(), logits, vectors, NAMES)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,21 @@ def test_a_file_is_the_model_at_any_batch_size(classifier, expected, file_format
     assert expected.std(0).max() > 0.01, "every image gets the same: nothing was compared"
 
 
+def test_a_file_has_the_temperature_of_its_classifier(mlp, tmp_path):
+    plain, warm = tmp_path / "plain", copy.copy(mlp)
+    warm.temperature = 2.0
+    images, found = random_images(mlp.config, 3), []
+    for classifier in (mlp, warm):
+        path = tmp_path / "model"
+        path.write_bytes(module.to_stablehlo(FloatModel(classifier)))
+        found.append(np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(images)))
+    roots = np.sqrt(found[0])
+    np.testing.assert_allclose(found[1], roots / roots.sum(1, keepdims=True), atol=1e-6)
+    plain.write_bytes(module.to_safetensors(FloatModel(warm)))
+    with safetensors.safe_open(plain, "numpy") as file:
+        assert file.metadata()["temperature"] == "2.0"
+
+
 def test_a_program_runs_everywhere_on_bytes_of_the_right_size_alone(mlp, tmp_path):
     path = tmp_path / "model"
     path.write_bytes(module.to_stablehlo(FloatModel(mlp)))

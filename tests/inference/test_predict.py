@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from imgcls import experiment, load
 from imgcls.errors import BadExampleError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
+from imgcls.inference.classifier import fitted_temperature
 from imgcls.inference.predict import find_files, predict
 from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 
@@ -148,6 +150,13 @@ def test_folders_are_searched_once_each_and_hidden_files_left_out(tmp_path):
     assert find_files([first, str(top), first]) == [first, *expected, first]
 
 
+def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (str(tmp_path / "pipe.png"), os.devnull):
+        with pytest.raises(UserError, match=f"{path} is no regular file"):
+            find_files([path])
+
+
 def test_what_cannot_be_searched_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no\\nwhere does not exist"):
         find_files([str(tmp_path), str(tmp_path / "no\nwhere")])
@@ -174,9 +183,15 @@ def test_lines_for_programs(workdir, classifier, digits, tmp_path):
         assert found == pytest.approx(expected, abs=1e-6)
 
 
+class Flags(SimpleNamespace):
+    def __contains__(self, name):
+        return hasattr(self, name)
+
+
 def set_flags(monkeypatch, workdir, **changed):
-    values = {"workdir": workdir, "checkpoint": "", "top": None, "json": False} | changed
-    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(**values))
+    values = {"workdir": workdir, "checkpoint": "", "top": None, "json": False, "raw": False}
+    values |= changed
+    monkeypatch.setattr(flags, "FLAGS", Flags(**values))
 
 
 def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, capsys):
@@ -187,6 +202,55 @@ def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, 
     found = classifier(digits[:1])[0]
     best = "  ".join(f"{k} {found[k]:6.1%}" for k in np.argsort(-found)[:5])
     assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n.png  {best}" + "\n"
+
+
+def test_probabilities_are_calibrated_where_a_temperature_was_fitted(
+    workdir, classifier, digits, tmp_path, monkeypatch, capsys, caplog
+):
+    shutil.copytree(workdir, tmp_path / "run")
+    path = tmp_path / "run/results_validation_latest.json"
+    path.write_text(json.dumps({"step": 0, "calibration": {"temperature": 0.5}}))
+    caplog.set_level("INFO")
+    calibrated = load(tmp_path / "run")
+    assert f"temperature 0.500 of {path}" in caplog.text
+    found, plain = calibrated(digits), classifier(digits)
+    np.testing.assert_allclose(found, plain**2 / (plain**2).sum(1, keepdims=True), atol=1e-6)
+    np.testing.assert_array_equal(load(tmp_path / "run", calibrated=False)(digits), plain)
+    Image.fromarray(digits[0, ..., 0]).save(tmp_path / "0.png")
+    for raw, expected in ((False, found), (True, plain)):
+        set_flags(monkeypatch, tmp_path / "run", json=True, raw=raw)
+        module.main([str(tmp_path / "0.png")])
+        best = json.loads(capsys.readouterr().out)["predictions"][0]["probability"]
+        assert best == pytest.approx(expected[0].max(), abs=1e-6)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_predictions_that_cannot_be_written_are_an_error(workdir, pictures, monkeypatch):
+    set_flags(monkeypatch, workdir)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(UserError, match="output cannot be written .No space"):
+            module.main([str(pictures)])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"step": 7, "calibration": {"temperature": 0.5}},
+        {"step": 0, "calibration": {"temperature": None}},
+        {"step": 0, "calibration": {"temperature": -1}},
+        {"step": 0, "calibration": {"temperature": 10**400}},
+        {"step": 0, "calibration": "0.5"},
+        {"step": 0, "figures": ["loss"]},
+        [],
+        "torn",
+    ],
+    ids=str,
+)
+def test_a_temperature_of_another_step_and_none_at_all_calibrate_nothing(results, tmp_path):
+    text = json.dumps(results)
+    (tmp_path / "results.json").write_text(text[:-1] if results == "torn" else text)
+    assert fitted_temperature(tmp_path, 0) == 1
 
 
 @pytest.mark.parametrize("top", [0, -1, 11])
