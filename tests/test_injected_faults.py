@@ -49,7 +49,9 @@ def test_the_same_command_ends_in_the_undisturbed_result_whatever_went_wrong(tmp
 
         def check(faults, points):
             wrong = []
-            for what, ((code, _, printed), (second, _, again)), workdir in disturbed(faults, points):
+            for what, ((code, _, printed), (second, _, again)), workdir in disturbed(
+                faults, points
+            ):
                 known = code in ({-9} if what.startswith("kill") else {0, 4}) or code == 0
                 last = (printed.splitlines() or [""])[-1]
                 clear = code <= 0 or (last.startswith("error: ") and "Traceback" not in printed)
