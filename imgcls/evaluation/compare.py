@@ -1,10 +1,14 @@
 """Is one run better than another? Paired statistics from the saved predictions.
 
     python -m imgcls compare DIR_A DIR_B [DIR_C ...] [--output=compare.html]
+    python -m imgcls compare sweeps/a/seeds/* -- sweeps/b/seeds/*
 
 Every run is compared with the first, example by example, on the terminal and on a page. Intervals
 and p-values answer for the choice of test examples. They know nothing of the training seed: a
 difference that another seed undoes is none, however small its p.
+
+A "--" between them makes two groups, each of one config with several seeds. Their comparison
+answers for other seeds, too. It has no page.
 """
 
 from collections.abc import Sequence
@@ -16,16 +20,16 @@ import numpy as np
 from absl import flags
 from scipy.stats import binomtest
 
-from imgcls.config import flatten
+from imgcls.config import HARMLESS, flatten
 from imgcls.errors import UserError, printable
-from imgcls.evaluation import figures, report
+from imgcls.evaluation import figures, groups, report
 from imgcls.evaluation.report import Run, duration, number, percent, plain
 from imgcls.run.logs import say
 
 RESAMPLES = 10_000
 CHANGED_CLASSES = 5  # named on the terminal; the page has them all
 LETTERS = [a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase]
-POSITIONAL = True  # arguments are not only flags
+POSITIONAL = GROUPS = True  # arguments are not only flags, and may come in groups
 
 
 def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
@@ -52,9 +56,6 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
         summaries.append(run.results | {"letter": letter, "workdir": str(run.workdir)})
         differences.append({"letter": letter} | _difference(runs[0], run))
     recalls = zip(*([row["recall"] for row in run.results["per_class"]] for run in runs))
-    configs = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    values = {key: [config.get(key) for config in configs] for key in keys}
     return {
         "examples": len(runs[0].labels),
         "runs": summaries,
@@ -63,8 +64,43 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
             {"name": row["name"], "support": row["support"], "recall": list(recall)}
             for row, recall in zip(runs[0].results["per_class"], recalls)
         ],
-        "config": {key: v for key, v in values.items() if any(other != v[0] for other in v)},
+        "config": _differing(runs),
     }
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: [config.get(key) for config in configs] for key in keys}
+    return {key: v for key, v in values.items() if any(other != v[0] for other in v)}
+
+
+def read_groups(a: Sequence[str | Path], b: Sequence[str | Path]) -> list[list[Run]]:
+    """The finished runs of two groups.
+
+    Raises:
+        UserError: a group is empty, has several configs or a seed twice, a workdir is unusable, or
+            test examples differ.
+    """
+    if not (a and b) or "-" in b:
+        raise UserError(
+            "name the runs of two groups: python -m imgcls compare DIR_A1 DIR_A2 -- DIR_B1 DIR_B2"
+        )
+    read = [[report.read_run(workdir) for workdir in group] for group in (a, b)]
+    for first, *others in read:
+        for run in (first, *others):
+            _check_comparable(read[0][0], run)
+            if keys := _differing([first, run]).keys() - {"seed", *HARMLESS}:
+                raise UserError(
+                    f"{first.workdir} and {run.workdir} differ in config.{min(keys)}: the runs of "
+                    "a group may differ in their seeds alone"
+                )
+        seeds = [run.config.get("seed") for run in (first, *others)]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(
+                f"the seeds in the group of {first.workdir} are {seeds}: each may come only once"
+            )
+    return read
 
 
 def _check_comparable(a: Run, b: Run) -> None:
@@ -124,10 +160,12 @@ def as_text(comparison: dict[str, Any]) -> str:
             f"{high}), {row['gained']} gained, {row['lost']} lost, McNemar p = {row['p_value']:.2g}"
             f"\n  {changed}"
         )
-    config = [[key, *map(plain, values)] for key, values in comparison["config"].items()]
-    head = ["config", *(run["letter"] for run in runs)]
-    blocks.append(_aligned([head, *config]) if config else "configs are equal")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, _config_text(comparison["config"], [r["letter"] for r in runs])])
+
+
+def _config_text(differing: dict[str, list[Any]], letters: Sequence[str]) -> str:
+    rows = [[key, *map(plain, values)] for key, values in differing.items()]
+    return _aligned([["config", *letters], *rows]) if rows else "configs are equal"
 
 
 def _aligned(rows: list[list[str]]) -> str:
@@ -145,7 +183,27 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "compare.html", "Where to write the page.")
 
 
+def _say_groups(a: list[str], b: list[str]) -> None:
+    read = read_groups(a, b)
+    rows = [
+        [letter, str(run.workdir), percent(run.results["top1"], 2)]
+        for letter, group in zip("AB", read)
+        for run in group
+    ]
+    differing = _differing([group[0] for group in read])
+    differing.pop("seed", None)
+    examples = f"{len(read[0][0].labels):,} test examples"
+    blocks = [examples, _aligned([["", "workdir", "top-1 %"], *rows])]
+    blocks.append(groups.as_text(groups.compare_groups(*read)))
+    say("\n\n".join([*blocks, _config_text(differing, "AB")]))
+
+
 def main(workdirs: list[str]) -> None:
+    if "-" in workdirs:  # a "--" was typed
+        if not flags.FLAGS["output"].using_default_value:
+            raise UserError("--output: the comparison of groups has no page, leave it out")
+        middle = workdirs.index("-")
+        return _say_groups(workdirs[:middle], workdirs[middle + 1 :])
     comparison = compare(workdirs)
     say(as_text(comparison))
     runs = comparison["runs"]

@@ -47,7 +47,8 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
 
     Args:
         command: imports the command, which has `define_flags()`, its `main(arguments)`, the
-            docstring that `--help` prints, and `POSITIONAL` where arguments need not be flags.
+            docstring that `--help` prints, `POSITIONAL` where arguments need not be flags, and
+            `GROUPS` where a "--" divides them: `main` gets it as "-".
         argv: what was typed, the command's name first.
     """
     if sys.stdout is None:  # closed: writing tells so, as it does of a full disk
@@ -122,6 +123,8 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
     try:
         if hasattr(module, "check_flags"):
             module.check_flags(argv)
+        if hasattr(module, "GROUPS"):  # absl would drop a "--", and read no flag after it
+            argv = ["-" if word == "--" else word for word in argv]
         return flags.FLAGS(argv)[1:]
     except UserError:
         raise
