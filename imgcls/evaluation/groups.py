@@ -10,7 +10,6 @@ from scipy import stats
 
 from imgcls.evaluation.report import Run
 
-ROUNDING = 1e-20  # a variance that equal values may seem to have
 POWER = 0.8  # chance to find a difference of the size seen, at p = 0.05
 
 
@@ -38,19 +37,17 @@ def welch(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     difference = statistics.fmean(b) - statistics.fmean(a)
     found: dict[str, Any] = {"difference": difference, "interval": None, "p_value": None}
     found |= {"effect": None, "runs_needed": None}
-    if min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 2 or not (variance := statistics.variance(a) + statistics.variance(b)):
         return found
-    variances = [float(np.var(group, ddof=1)) for group in (a, b)]
-    if sum(variances) < ROUNDING:
-        return found
-    parts = [variance / len(group) for variance, group in zip(variances, (a, b))]
-    error = sum(parts) ** 0.5
-    freedom = error**4 / sum(part**2 / (len(g) - 1) for part, g in zip(parts, (a, b)))
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    effect = difference / (sum(variances) / 2) ** 0.5
+    # SciPy's own test warns of groups whose values are equal, as those of few examples often are.
+    parts = [(statistics.variance(group) / len(group), len(group) - 1) for group in (a, b)]
+    error = math.sqrt(sum(part for part, _ in parts))
+    freedom = error**4 / sum(part**2 / others for part, others in parts)
+    half = error * float(stats.t.ppf(0.975, freedom))
+    effect = difference / math.sqrt(variance / 2)
     if effect:
         z = stats.norm.ppf(0.975) + stats.norm.ppf(POWER)
-        found["runs_needed"] = max(math.ceil(2 * (z / effect) ** 2) + 1, 2)  # + 1: t is wider
+        found["runs_needed"] = max(math.ceil(2 * (z / effect) ** 2) + 1, 3)  # + 1: t is wider
     found |= {"interval": [difference - half, difference + half], "effect": effect}
     return found | {"p_value": 2 * float(stats.t.sf(abs(difference) / error, freedom))}
 

@@ -162,7 +162,7 @@ def tpe_cube(
     except ImportError:
         raise UserError("--search=tpe needs optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds = {
+    kinds: dict[str, Any] = {
         name: optuna.distributions.CategoricalDistribution(range(len(spec)))
         if isinstance(spec, list)
         else optuna.distributions.FloatDistribution(0, 1)

@@ -57,12 +57,10 @@ def scores(sweep: Sweep, run: str) -> dict[str, Any]:
 
 
 def write(sweep: Sweep) -> dict[str, Any]:
-    """Writes results.json, table.md, table.tex and sweep.html, and returns the results.
+    """Writes results.json, table.md and table.tex, and returns the results.
 
     They are a function of what the runs left: whoever writes them, they are the same.
     """
-    from imgcls.tuning.page import write_page
-
     for _ in sweep.stages():  # to know who was not out
         pass
     best = finalists(sweep)
@@ -89,7 +87,6 @@ def write(sweep: Sweep) -> dict[str, Any]:
     write_json(sweep.workdir / "results.json", results)
     files.write_bytes(sweep.workdir / "table.md", markdown(results).encode())
     files.write_bytes(sweep.workdir / "table.tex", latex(results).encode())
-    write_page(sweep.workdir, results)
     return results
 
 

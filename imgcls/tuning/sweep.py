@@ -36,6 +36,7 @@ from imgcls.run.logs import say
 from imgcls.run.workdir import read_json, write_json
 from imgcls.tuning import space as spaces
 from imgcls.tuning import summary
+from imgcls.tuning.page import write_page
 from imgcls.tuning.plan import Job, Sweep, read_plan
 from imgcls.tuning.progress import Progress
 from imgcls.tuning.worker import POLL_SECONDS, AtWork, Child, check, claim, refused, stop_all
@@ -177,7 +178,9 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
             time.sleep(POLL_SECONDS)
     if not sweep.plan["keep_checkpoints"]:
         _tidy(sweep)
-    return summary.write(sweep)
+    results = summary.write(sweep)
+    write_page(workdir, results)
+    return results
 
 
 def _prepare(config: ConfigDict) -> None:

@@ -14,6 +14,7 @@ from imgcls.errors import CheckpointError, UserError
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import read_metrics
 from imgcls.tuning import summary
+from imgcls.tuning.page import write_page
 from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
 from imgcls.tuning.sweep import start
@@ -28,6 +29,12 @@ def plan(workdir, space=RATES, **options) -> Sweep:
     config = small_config(train__epochs=options.pop("epochs", 8))
     start(workdir, config, canonical(space), **options)
     return Sweep(workdir)
+
+
+def write(sweep: Sweep):
+    results = summary.write(sweep)
+    write_page(sweep.workdir, results)
+    return results
 
 
 def pretend(sweep: Sweep, job: Job, top1: float | None, loss: float = 1.0) -> None:
@@ -86,7 +93,7 @@ def test_of_equals_the_lower_loss_goes_on_then_the_first(tmp_path):
     losses = {"trials/003": 0.5}
     stages = go_on(s, lambda job: (0.9, losses.get(job.run, 1.0)))
     assert {job.run for job in stages[1]} == {"trials/000", "trials/003"}
-    best = summary.write(s)["finalists"][0]
+    best = write(s)["finalists"][0]
     assert best["trial"] == 0  # with fresh seeds they are equal
 
 
@@ -94,7 +101,7 @@ def test_failed_trials_are_results_and_not_the_end(tmp_path):
     s = plan(tmp_path, trials=8, rungs=(2,), finalists=2, seeds=3)
     result = lambda job: [None] if s.config_of(job.run).optim.learning_rate > 0.02 else [0.8]
     go_on(s, result)
-    results = summary.write(s)
+    results = write(s)
     failed = [row for row in results["trials"] if row["state"] == "failed"]
     assert failed and all(row["point"]["optim.learning_rate"] > 0.02 for row in failed)
     assert failed[0]["why"] == "it diverged"
@@ -106,7 +113,7 @@ def test_failed_trials_are_results_and_not_the_end(tmp_path):
 def test_where_all_fail_it_is_said(tmp_path):
     s = plan(tmp_path, trials=3, seeds=2)
     go_on(s, lambda job: [None])
-    assert summary.write(s)["findings"] == ["No trial came to its end: see why in results.json."]
+    assert write(s)["findings"] == ["No trial came to its end: see why in results.json."]
     assert (tmp_path / "sweep.html").exists()
 
 
@@ -114,17 +121,17 @@ def test_the_findings_say_what_to_do_next(tmp_path):
     s = plan(tmp_path, trials=12, finalists=3, seeds=3)
     noise = lambda job: 0.001 * int(job.run[-1]) if job.run.startswith("seeds") else 0
     go_on(s, lambda job: [0.5 + s.config_of(job.run).optim.learning_rate + noise(job)])
-    said = " ".join(summary.write(s)["findings"])
+    said = " ".join(write(s)["findings"])
     assert "is at the upper edge of its range" in said
     s = plan(tmp_path / "flat", trials=12, finalists=3, seeds=3)
     go_on(s, lambda job: [0.9 + 0.001 * (hash(job) % 7)])
-    assert "The config as it is, trial 0, is as good." in summary.write(s)["findings"]
+    assert "The config as it is, trial 0, is as good." in write(s)["findings"]
 
 
 def test_tables_for_a_paper(tmp_path):
     s = plan(tmp_path, trials=3, finalists=2, seeds=3)
     go_on(s, lambda job: [0.9 + 0.01 * int(job.run[-1])])
-    summary.write(s)
+    write(s)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert "optim.learning_rate" in lines[0] and len(lines) == 2 + len(s.alive)
     # Seeds 1, 2 and 3: 91, 92 and 93; Student's factor is 4.303 at two degrees of freedom.
@@ -136,7 +143,7 @@ def test_tables_for_a_paper(tmp_path):
 def test_test_is_for_the_winner_alone(tmp_path):
     s = plan(tmp_path, trials=4, finalists=2, seeds=2, test=True)
     *_, last = go_on(s, by_rate(s))
-    winner = summary.write(s)["test"]["trial"]
+    winner = write(s)["test"]["trial"]
     assert last == [Job(f"seeds/{winner:03d}-{seed}", None) for seed in (1, 2)]
     s = plan(tmp_path / "without", trials=4, finalists=2, seeds=2)
     assert all(job.epoch for stage in go_on(s, by_rate(s)) for job in stage)
@@ -146,7 +153,7 @@ def test_without_a_space_the_config_is_repeated(tmp_path):
     s = plan(tmp_path, {}, seeds=4)
     stages = go_on(s, lambda job: [0.9])
     assert stages == [[Job(f"seeds/000-{seed}", 8) for seed in range(4)]]
-    assert "mean of 4 seeds" in summary.write(s)["findings"][0]
+    assert "mean of 4 seeds" in write(s)["findings"][0]
 
 
 def test_more_trials_extend_a_sweep(tmp_path):
