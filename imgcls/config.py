@@ -93,7 +93,7 @@ KEYS = {
         Rule(tuple, lambda x: CHANNELS.accepts(x) and all(n > 0 for n in x), CHANNELS.expected),
         "standard deviation of training images in [0, 1], per channel",
     ),
-    "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have"),
+    "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have", True),
     "data.follow_links": Key(True, FLAG, "follow symbolic links in a folder of images"),
     "data.alternate_flip": Key(False, FLAG, "mirror each image in every second epoch"),
     "task.name": Key("classification", _one_of(TASKS), "the objective"),

@@ -20,7 +20,7 @@ from imgcls.augment import Augment, compose, resized
 from imgcls.config import HARMLESS, KEYS, from_json, own_values, validate
 from imgcls.data.order import TrainOrder, eval_order
 from imgcls.data.sources import open_sources
-from imgcls.data.splits import Split, load_splits, overlapping
+from imgcls.data.splits import Split, check_disjoint, load_splits
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule
@@ -335,11 +335,8 @@ def open_splits(config: ConfigDict, *names: str) -> list[Split]:
     sources = open_sources(
         c.name, data_dir=c.dir or None, channels=c.channels, follow_links=c.follow_links
     )
-    used = {c[name]: f"config.data.{name}" for name in ("train", "validation", "test") if c[name]}
-    for i, (spec, key) in enumerate(used.items()):
-        for other in list(used)[:i]:
-            if overlapping(sources, spec, other):
-                raise UserError(f"{key}={spec!r} shares examples with {other!r}")
+    used = [name for name in ("train", "validation", "test") if c[name]]
+    check_disjoint(sources, {f"config.data.{name}": c[name] for name in used})
     return load_splits(
         sources,
         [c[name] for name in names],

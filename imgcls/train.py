@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from imgcls import config as configs
+from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate
@@ -110,6 +111,7 @@ def train_and_evaluate(
         try:
             report.unlink(missing_ok=True)  # left by a run of fewer epochs
             write_json(workdir / "config.json", configs.to_json(config))
+            record.keep(workdir, exp.splits, anew=not checkpoints.steps())
             state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
             if test and int(state.step) == exp.total_steps:
                 open_test(run, state, meta)
@@ -153,6 +155,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
                     f"the data changed since {run.workdir} was started ({key}: {saved[key]} then, "
                     f"{meta[key]} now): restore it, or use another --workdir"
                 )
+        record.check(run.workdir, splits)
         exp.keep_ops(saved["cpu_kernels"])
         bits = exp.reproducibility_facts(saved.get("bits"))
         machine.check_reproducible(saved.get("bits", {}), bits)

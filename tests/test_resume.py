@@ -1,6 +1,7 @@
 """What a resumed run is given: the same examples in the same order, on what it began with."""
 
 import ctypes
+import dataclasses
 import json
 import threading
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 from imgcls import cpu, experiment
 from imgcls.cpu import onednn
 from imgcls.cpu.conv import conv_general_dilated, why_unavailable
-from imgcls.errors import CheckpointError, Stopped
+from imgcls.errors import CheckpointError, Stopped, UserError
 from imgcls.experiment import Experiment
 from imgcls.run import machine, processes
 from imgcls.run.logs import MetricWriter, read_metrics
@@ -58,6 +59,28 @@ def test_stopped_at_every_step_a_run_takes_the_same_examples_in_order(without_co
         assert given == whole[:step]
     session(tmp_path / "stopped", config, test=False)
     assert given == whole
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(without_computing, tmp_path):
+    given, config = without_computing, small_config()
+    names = ("train", "validation", "test")
+    splits = dict(zip(names, experiment.open_splits(config, *names)))
+    session(tmp_path, config, until=3, splits=splits)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for name in names:
+        labels = splits[name].labels.copy()
+        labels[[4, 9]] = labels[[9, 4]]  # digits of two classes
+        other = {name: dataclasses.replace(splits[name], labels=labels, digests=None)}
+        if name == "test":  # which is not looked at before it is needed
+            without = {"train": splits["train"], "validation": splits["validation"]}
+            session(tmp_path, config, until=5, splits=without, test=False)
+        given.clear()
+        with pytest.raises(UserError, match=f"2 of .* {name} pictures changed, first "):
+            train_and_evaluate(config, tmp_path, splits=splits | other)
+        assert not given
+    # How many may be unreadable does not matter where the examples are the same.
+    session(tmp_path, small_config(data__skip_bad=7), until=7, splits=splits)
+    assert len((tmp_path / "metrics.jsonl").read_bytes()) > len(before)
 
 
 def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, monkeypatch):

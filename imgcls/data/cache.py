@@ -1,17 +1,19 @@
-"""Decodes a source once, into a file of arrays that later runs map into memory.
+"""Decodes a part of a source once, into a file of arrays that later runs map into memory.
 
-An entry of the cache is one file: the arrays of `Decoded`, one after the other, as .npy has them.
+An entry of the cache is one file: the bytes of the images, the other arrays of `Decoded` as .npy
+has them, and a hash of it all. The hash of what it was decoded from is its name.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,18 +21,20 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from imgcls.data.images import fit_image
+from imgcls.data.images import DECODER, fit_image
 from imgcls.data.sources import Source
 from imgcls.errors import BadExampleError, UserError
 from imgcls.run import files, machine, signals
 from imgcls.run.logs import progress
 
-CACHE_FORMAT = 3  # raise when the entry of an unchanged source would differ
+CACHE_FORMAT = 4  # raise when the entry of an unchanged source would differ
+CACHE_BYTES = 20 * 2**30  # of all entries; the least recently used go first
 CHUNK = 250  # examples decoded by one task
+BLOCK = 2**22  # bytes hashed at a time
 
 
 class Decoded(NamedTuple):
-    """The N readable examples of a source, in its order."""
+    """The N readable examples of a part of a source, in its order."""
 
     images: np.ndarray  # uint8[M, H, W, C]: rows from N on are unused
     labels: np.ndarray  # int32[N], or float32[N, K] where a label is a vector
@@ -44,112 +48,152 @@ def digest(image: np.ndarray, label: np.ndarray) -> bytes:
 
 
 def load(
-    source: Source, name: str, *, shape: tuple[int, int, int], resize: str, skip_bad: int
+    source: Source, name: str, part: range, *, shape: tuple[int, ...], resize: str, skip_bad: int
 ) -> Decoded:
-    """Maps the decoded examples of a base split into memory, and decodes them first if need be.
+    """Maps decoded examples of a base split into memory, and decodes them first if need be.
 
-    Where the cache cannot be read or written, they stay in memory, with a warning.
+    Unreadable examples are read again each time. Where the cache cannot be read or written, the
+    examples stay in memory, with a warning.
 
     Raises:
         UserError: more than `skip_bad` unreadable examples, or no cache and too little memory.
     """
-    key = json.dumps([CACHE_FORMAT, source.fingerprint, shape, resize]).encode()
-    path = files.cache_folder("datasets") / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}"
-    shape = (len(source), *shape)
+    folder = files.cache_folder("datasets")
+    shape = (len(part), *shape)
+    decode = lambda images: _decode(source, name, part, images, resize, skip_bad)
     try:
-        if (decoded := _read(path, shape)) is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as file:
-                decoded = _decode(source, name, _map_new(file, shape), resize, skip_bad)
-                for array in decoded[1:]:
-                    npy.write_array(file, array)
+        what = [CACHE_FORMAT, DECODER, source.fingerprint, part.start, shape, resize]
+        key = hashlib.sha256(json.dumps(what).encode()).digest()
+        path = folder / f"{name}-{key.hex()[:24]}"
+        if decoded := _read(path, key, shape):
+            missing = np.setdiff1d(part, decoded.kept).tolist()
+            errors = {i: e for i, e in _examples(source, missing) if isinstance(e, BadExampleError)}
+            if len(errors) == len(missing):
+                _skip(errors, skip_bad)
+                return decoded
+        _make_room(folder, math.prod(shape))
+        with files.replacing(path) as file:
+            with contextlib.suppress(OSError):  # not all file systems have locks and permissions
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.fchmod(file.fileno(), 0o600)
+            decoded = decode(_map_new(file, shape))
+            for array in decoded[1:]:
+                npy.write_array(file, array)
+            file.flush()
+            file.write(_hash(key, file, file.tell()))
+        return _read(path, key, shape) or decoded
     except OSError as error:
-        logging.warning("cannot cache decoded images in %s (%s)", path.parent, error)
-        decoded = _decode(source, name, _in_memory(shape), resize, skip_bad)
-    if (bad := len(source) - len(decoded.kept)) > skip_bad:
-        raise _too_many_bad(bad, skip_bad, ["see an earlier run's warnings"])
-    return decoded
+        logging.warning("cannot cache decoded images in %s (%s)", folder, error)
+        return decode(_in_memory(shape, name, part))
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Decoded | None:
-    """The entry, its images mapped; None where there is none, or a damaged one."""
-    try:
-        images = npy.open_memmap(path, "r")
-        with path.open("rb") as file:
-            file.seek(images.offset + images.nbytes)
-            labels, kept, digests = (npy.read_array(file, allow_pickle=False) for _ in range(3))
-        lengths = {len(labels), len(kept), len(digests)}
-        if (images.shape, images.dtype, len(lengths)) != (shape, np.uint8, 1):
-            raise ValueError("arrays of other shapes")
-    except FileNotFoundError:
+def _read(path: Path, key: bytes, shape: tuple[int, ...]) -> Decoded | None:
+    """The entry, its images mapped; None where there is none, or one that cannot be trusted.
+
+    It is locked against `_make_room` for as long as the images are mapped.
+    """
+    if not path.exists():
         return None
-    except (ValueError, OverflowError) as error:
-        logging.warning("%s is damaged (%s): decoding again", path, error)
-        return None
-    return Decoded(np.asarray(images), labels, kept, digests)
+    at_once = lambda path, flags: os.open(path, flags | os.O_NONBLOCK)  # even a pipe
+    with open(path, "rb", opener=at_once) as file:
+        stat, end = os.fstat(file.fileno()), file.seek(0, os.SEEK_END) - len(key)
+        others = stat.st_uid not in (0, os.geteuid()) or stat.st_mode & 0o022
+        if others or end < 0 or _hash(key, file, end) != os.pread(file.fileno(), len(key), end):
+            why = "can be written by other users" if others else "is damaged"
+            logging.warning("%s %s: decoding again", path, why)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        images = np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
+        file.seek(images.nbytes)
+        return Decoded(images, *(npy.read_array(file, allow_pickle=False) for _ in range(3)))
+
+
+def _hash(key: bytes, file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of a key and the first bytes of a file."""
+    state = hashlib.sha256(key)
+    for start in range(0, size, BLOCK):
+        state.update(os.pread(file.fileno(), min(BLOCK, size - start), start))
+    return state.digest()
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Deletes what killed writers left, then the least recently used entries over `CACHE_BYTES`.
+
+    Leaves what a process is writing or has mapped, which is locked.
+    """
+    with contextlib.suppress(OSError):  # another process deletes, too
+        for path in sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime_ns):
+            needed += (size := path.stat().st_size)
+            if needed > CACHE_BYTES or path.name.startswith(".tmp-"):
+                with contextlib.suppress(OSError), path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                    needed -= size
 
 
 def _map_new(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
     """An array uint8[shape] mapped from a new file, whose position is then the array's end."""
+    size = math.prod(shape)
     # Space is reserved, because writing to a mapped file on a full disk would kill the process.
-    if math.prod(shape) > shutil.disk_usage(file.name).free:
+    if size > shutil.disk_usage(file.name).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    images = npy.open_memmap(file.name, "w+", np.uint8, shape)
-    size = file.seek(0, os.SEEK_END)
+    images = np.memmap(file, np.uint8, "r+", shape=shape)
     if hasattr(os, "posix_fallocate"):  # macOS has none
         os.posix_fallocate(file.fileno(), 0, size)
+    file.seek(size)
     return np.asarray(images)
 
 
-def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
+def _in_memory(shape: tuple[int, ...], name: str, part: range) -> np.ndarray:
     needed, free = math.prod(shape), machine.free_memory()
     if needed > 0.9 * free:
         raise UserError(
-            f"the images need {needed / 2**30:.1f} GiB, but of memory {free / 2**30:.1f} GiB are "
-            "free: lower config.data.image_size, or name a larger disk's folder in XDG_CACHE_HOME"
+            f"the images of {name}[{part.start}:{part.stop}] need {needed / 2**30:.1f} GiB, but of "
+            f"memory {free / 2**30:.1f} GiB are free: lower config.data.image_size, take a part, "
+            f"such as {name}[:10%], or name a larger disk's folder in XDG_CACHE_HOME"
         )
     return np.empty(shape, np.uint8)
 
 
-def _decode(source: Source, name: str, images: np.ndarray, resize: str, skip_bad: int) -> Decoded:
-    """Decodes all examples into `images`; unreadable ones leave no gap."""
-    labels: list[Any] = [None] * len(source)
-    digests = np.zeros((len(source), 32), np.uint8)
-    bad: dict[int, str] = {}  # why, by index
+def _decode(
+    source: Source, name: str, part: range, images: np.ndarray, resize: str, skip_bad: int
+) -> Decoded:
+    """Decodes a part of a source into `images`; unreadable examples leave no gap."""
+    labels: list[Any] = [None] * len(part)
+    digests = np.zeros((len(part), 32), np.uint8)
+    bad: dict[int, BadExampleError] = {}
 
     def decode(indices: range) -> int:
         for i, example in _examples(source, indices):
             signals.poll()
             if isinstance(example, BadExampleError):
-                bad[i] = str(example)
+                bad[i] = example
                 continue
-            label = example["label"]
-            labels[i] = np.array(label, np.float32 if np.ndim(label) else np.int32)
-            images[i] = fit_image(example["image"], image_size=images.shape[1:3], resize=resize)
-            digests[i] = np.frombuffer(digest(images[i], labels[i]), np.uint8)
+            row, label = i - part.start, example["label"]
+            labels[row] = np.array(label, np.float32 if np.ndim(label) else np.int32)
+            images[row] = fit_image(example["image"], image_size=images.shape[1:3], resize=resize)
+            digests[row] = np.frombuffer(digest(images[row], labels[row]), np.uint8)
         return len(indices)
 
-    indices = range(len(source))
-    chunks = [indices[start : start + CHUNK] for start in indices[::CHUNK]]
+    chunks = [part[start : start + CHUNK] for start in range(0, len(part), CHUNK)]
     executor = ThreadPoolExecutor(machine.cpu_cores())  # Pillow releases the GIL
     try:
-        with progress(len(source), f"decoding {name}", "images") as bar:
+        with progress(len(part), f"decoding {name}", "images") as bar:
             for done in executor.map(decode, chunks):
                 bar.update(done)
     finally:
         executor.shutdown(cancel_futures=True)
-    reasons = [bad[i] for i in sorted(bad)]
-    if len(bad) > skip_bad:
-        raise _too_many_bad(len(bad), skip_bad, reasons)
-    for reason in reasons:
-        logging.warning("skipped: %s", reason)
-    kept = np.setdiff1d(indices, [*bad])
-    for row, i in enumerate(kept if bad else ()):
+    _skip(bad, skip_bad)
+    kept = np.setdiff1d(part, [*bad])
+    rows = kept - part.start
+    for row, i in enumerate(rows if bad else ()):
         images[row] = images[i]
-    return Decoded(images, np.array([labels[i] for i in kept]), kept, digests[kept])
+    return Decoded(images, np.array([labels[i] for i in rows]), kept, digests[rows])
 
 
-def _examples(source: Source, indices: range) -> Iterator[tuple[int, Any]]:
+def _examples(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
     """(index, example or BadExampleError), read together where the source can."""
     if hasattr(source, "read"):
         with contextlib.suppress(BadExampleError):  # one by one, below, tells which
@@ -162,9 +206,15 @@ def _examples(source: Source, indices: range) -> Iterator[tuple[int, Any]]:
             yield i, error
 
 
-def _too_many_bad(count: int, skip_bad: int, reasons: list[str]) -> UserError:
-    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
-    return UserError(
-        f"{count} unreadable example(s), config.data.skip_bad allows {skip_bad}: {shown}. "
-        f"Mend or remove them, or skip them with --config.data.skip_bad={count}"
-    )
+def _skip(bad: dict[int, BadExampleError], skip_bad: int) -> None:
+    """Says which examples, by index, are left out; raises UserError where they are too many."""
+    reasons = [str(bad[i]) for i in sorted(bad)]
+    if len(bad) > skip_bad:
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(
+            f"{len(bad)} unreadable example(s), config.data.skip_bad allows {skip_bad}: "
+            f"{'; '.join(reasons[:5])}{more}. Mend or remove them, or skip them with "
+            f"--config.data.skip_bad={len(bad)}"
+        )
+    for reason in reasons:
+        logging.warning("skipped: %s", reason)

@@ -1,13 +1,14 @@
 """A folder of images: `PATH/<class>/*`, or `PATH/{train,validation,test}/<class>/*`."""
 
+import functools
 import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from imgcls.data.images import DECODER, decode_image
+from imgcls.data.images import decode_image, hash_files
 from imgcls.errors import UserError, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
@@ -18,18 +19,7 @@ _Entry = os.DirEntry[str]
 IGNORED = ("thumbs.db", "desktop.ini")
 
 
-class _File(NamedTuple):
-    path: str  # below the root
-    size: int
-    mtime_ns: int
-
-    @property
-    def key(self) -> bytes:
-        """Sorting by it shuffles, the same way on any machine and in any listing order."""
-        return hashlib.sha256(os.fsencode(self.path)).digest()
-
-
-_Split = dict[str, list[_File]]  # by class
+_Split = dict[str, list[str]]  # paths below the root, by class
 
 
 class FolderSource:
@@ -38,20 +28,24 @@ class FolderSource:
     def __init__(self, root: str, split: _Split, classes: list[str], channels: int):
         """Takes the files of each class, and all classes: a label is an index into these."""
         index = {name: label for label, name in enumerate(classes)}
-        examples = [(file, index[name]) for name, files in split.items() for file in files]
-        self._examples = sorted(examples, key=lambda example: example[0].key)
-        self._root, self._channels = root, channels
+        labels = {file: index[name] for name, files in split.items() for file in files}
+        paths = sorted(labels, key=_shuffled)
+        self._examples = [(os.path.join(root, path), labels[path]) for path in paths]
+        self._channels = channels
         self.class_names = tuple(map(printable, classes))
-        self.ids = tuple(printable(file.path) for file, _ in self._examples)
-        content = repr((DECODER, channels, classes, self._examples)).encode()
-        self.fingerprint = f"image_folder {hashlib.sha256(content).hexdigest()}"
+        self.ids = tuple(map(printable, paths))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the order, the labels and the contents of the files, each of which is read for it."""
+        paths, labels = zip(*self._examples)
+        return f"image_folder {hash_files(paths, self._channels, labels)}"
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file, label = self._examples[index]
-        path = os.path.join(self._root, file.path)
+        path, label = self._examples[index]
         return {"image": decode_image(path, channels=self._channels), "label": label}
 
 
@@ -137,17 +131,20 @@ def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
     for folder in scan(directory, follow_links)[0]:
         classes[folder.name] = files = []
         for entry in walk(folder.path, follow_links=follow_links):
-            stat = entry.stat(follow_symlinks=entry.is_file())
-            path = os.path.relpath(entry.path, root)
-            files.append(_File(path, stat.st_size, stat.st_mtime_ns))
+            files.append(os.path.relpath(entry.path, root))
     return classes
+
+
+def _shuffled(path: str) -> bytes:
+    """Sorting by it shuffles, the same way on any machine and in any listing order."""
+    return hashlib.sha256(os.fsencode(path)).digest()
 
 
 def _carve(train: _Split, held_out: tuple[str, ...]) -> dict[str, _Split]:
     """Moves a tenth of each class, and at least one file, from train to each held-out split."""
     splits: dict[str, _Split] = {name: {} for name in ("train", *held_out)}
     for label, files in train.items():
-        files = sorted(files, key=lambda file: file.key)
+        files = sorted(files, key=_shuffled)
         tenth = max(1, (len(files) + 5) // 10) if len(files) >= 3 else 0
         for name in reversed(held_out if tenth else ()):
             files, splits[name][label] = files[:-tenth], files[-tenth:]

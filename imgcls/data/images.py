@@ -1,10 +1,13 @@
 """From picture files to uint8 arrays, the same way in training, evaluation and prediction."""
 
 import contextlib
+import hashlib
 import io
 import os
 import re
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ LARGE = 25_000_000
 MAX_SCANS = 100  # of a JPEG, fewer of a large one: each takes as long as a decoding; usual are 10
 # What shows through transparent pixels, whatever colour is hidden in them: white, as on a page.
 BACKGROUND = (255, 255, 255, 255)
-# Part of every fingerprint: another decoder may give other pixels.
+# Another decoder may give other pixels.
 DECODER = f"Pillow {PIL.__version__}, halved above {LARGE}"
 
 _large = threading.Lock()
@@ -111,6 +114,20 @@ def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
         return "the file is empty" if empty else "not a JPEG, PNG, WebP, BMP or GIF image"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(" ".join(text.split()))
+
+
+def hash_files(paths: Iterable[str | os.PathLike[str]], *facts: Any) -> str:
+    """SHA-256 of facts and of the contents of files. A passing error is an OSError."""
+
+    def content(path: str | os.PathLike[str]) -> str:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, PermissionError):
+            return "unreadable"
+
+    with ThreadPoolExecutor() as executor:
+        return hashlib.sha256(repr((facts, *executor.map(content, paths))).encode()).hexdigest()
 
 
 def fit_image(image: np.ndarray, *, image_size: tuple[int, int], resize: str) -> np.ndarray:

@@ -6,8 +6,10 @@ Whether the images of a `Split` are in memory, mapped from a file or streamed, n
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -49,14 +51,20 @@ class Split:
         return {"image": images, "label": labels, "mask": mask}
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the decoded images, the labels and the ids, in order."""
-        digests = self.digests
+    def identities(self) -> np.ndarray:
+        """uint64[N]: of each example, the start of a SHA-256 of its id, image and label."""
+        digests: Iterable[bytes | np.ndarray] | None = self.digests
         if digests is None:
             images = (image for part in self.parts for image in part)
-            digests = b"".join(map(cache.digest, images, self.labels))
-        head = "\n".join([str(self.parts[0].shape[1:]), *map(str, self.ids), ""])
-        return hashlib.sha256(head.encode() + bytes(digests)).hexdigest()
+            digests = map(cache.digest, images, self.labels)
+        heads = (f"{self.parts[0].shape[1:]} {i}\n".encode() for i in self.ids)
+        hashes = [hashlib.sha256(head + bytes(d)).digest()[:8] for head, d in zip(heads, digests)]
+        return np.frombuffer(b"".join(hashes), "<u8")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identities, in order."""
+        return hashlib.sha256(self.identities.tobytes()).hexdigest()
 
 
 def load_splits(
@@ -68,7 +76,7 @@ def load_splits(
     resize: str,
     skip_bad: int = 0,
 ) -> list[Split]:
-    """Decodes the splits that TFDS split strings name, each base split once.
+    """Decodes what TFDS split strings name, and no more.
 
     Args:
         sources: the dataset's base splits by name.
@@ -77,33 +85,44 @@ def load_splits(
         image_size: (height, width) in pixels.
         channels: of the sources' images.
         resize: "squash" or "crop", see `fit_image`.
-        skip_bad: how many unreadable examples a base split may have; they are left out.
+        skip_bad: how many unreadable examples each part of a split string may have; they are left
+            out.
 
     Raises:
         UserError: an unknown or empty split, a label out of range, too many unreadable examples, or
             no place for the decoded images.
     """
-    slices = [_resolve(spec, sources) for spec in specs]
-    base = {}
-    for name in sorted({name for parts in slices for name, _, _ in parts}):
-        base[name] = cache.load(
-            sources[name], name, shape=(*image_size, channels), resize=resize, skip_bad=skip_bad
+
+    def load(spec: str, parts: list[tuple[str, range]]) -> Split:
+        ids, decoded = [], []
+        for name, part in parts:
+            how: Any = {"shape": (*image_size, channels), "resize": resize, "skip_bad": skip_bad}
+            decoded.append(cache.load(sources[name], name, part, **how))
+            _check_labels(sources[name], name, decoded[-1])
+            ids += [f"{name}:{sources[name].ids[i]}" for i in decoded[-1].kept.tolist()]
+        if not ids:
+            raise UserError(f"split {spec!r} has no readable example: mend some of them")
+        images, labels, kept, digests = zip(*(d for d in decoded if len(d.kept)))
+        images = [part[: len(rows)] for part, rows in zip(images, kept)]
+        class_names = sources[parts[0][0]].class_names
+        return Split(
+            spec, images, np.concatenate(labels), ids, class_names, np.concatenate(digests)
         )
-        _check_labels(sources[name], name, base[name])
-    return [_join(spec, parts, base, sources) for spec, parts in zip(specs, slices)]
+
+    return [load(spec, parts) for spec, parts in [(s, _resolve(s, sources)) for s in specs]]
 
 
-def overlapping(sources: dict[str, Source], a: str, b: str) -> bool:
-    """Whether two split strings share an example."""
-    return any(
-        name == other and start < other_stop and other_start < stop
-        for name, start, stop in _resolve(a, sources)
-        for other, other_start, other_stop in _resolve(b, sources)
-    )
+def check_disjoint(sources: dict[str, Source], specs: dict[str, str]) -> None:
+    """Raises UserError where split strings, by their keys of the config, take an example twice."""
+    parts = [(key, *part) for key, spec in specs.items() for part in _resolve(spec, sources)]
+    for (key, name, a), (other, same, b) in itertools.combinations(parts, 2):
+        if name == same and range(max(a[0], b[0]), min(a[-1], b[-1]) + 1):
+            whose = "itself" if key == other else f"{key}={specs[key]!r}"
+            raise UserError(f"{other}={specs[other]!r} shares examples with {whose}")
 
 
-def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]]:
-    """The (base split, start, stop) that a split string names, empty ones left out."""
+def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, range]]:
+    """The base splits that a split string names and their indices, empty ones left out."""
     import tensorflow_datasets as tfds
 
     infos = {name: SimpleNamespace(num_examples=len(s)) for name, s in sources.items()}
@@ -114,12 +133,11 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, int, int]
         sizes = ", ".join(f"{name} ({len(s)} examples)" for name, s in sources.items())
         reason = first_line(error).rstrip(".")
         raise UserError(f"split {spec!r}: {reason}; this dataset has {sizes}") from None
-    bounds = [(p.splitname, slice(p.from_, p.to)) for p in parts]
-    slices = [(name, *bound.indices(len(sources[name]))[:2]) for name, bound in bounds]
-    slices = [(name, start, stop) for name, start, stop in slices if start < stop]
-    if not slices:
+    named = [(p.splitname, range(len(sources[p.splitname]))[p.from_ : p.to]) for p in parts]
+    found = [(name, part) for name, part in named if part]
+    if not found:
         raise UserError(f"split {spec!r} has no examples; ask for a larger part of the data")
-    return slices
+    return found
 
 
 def _check_labels(source: Source, name: str, decoded: cache.Decoded) -> None:
@@ -130,20 +148,3 @@ def _check_labels(source: Source, name: str, decoded: cache.Decoded) -> None:
             f"example {source.ids[int(decoded.kept[row])]!r} of split {name!r} has label "
             f"{labels[row]}, outside 0..{classes - 1}: correct the dataset"
         )
-
-
-def _join(
-    spec: str,
-    slices: list[tuple[str, int, int]],
-    base: dict[str, cache.Decoded],
-    sources: dict[str, Source],
-) -> Split:
-    cut = []  # views: nothing is copied
-    ids = []
-    for name, start, stop in slices:
-        rows = slice(*np.searchsorted(base[name].kept, (start, stop)))
-        cut.append(cache.Decoded(*(array[rows] for array in base[name])))
-        ids += [f"{name}:{sources[name].ids[i]}" for i in cut[-1].kept.tolist()]
-    parts, labels, _, digests = zip(*cut)
-    class_names = sources[slices[0][0]].class_names
-    return Split(spec, parts, np.concatenate(labels), ids, class_names, np.concatenate(digests))

@@ -5,7 +5,7 @@ with it, is a child process.
 """
 
 import contextlib
-import hashlib
+import functools
 import json
 import os
 import re
@@ -24,7 +24,7 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 from tensorflow_datasets.proto import tf_example_pb2
 
-from imgcls.data.images import DECODER, decode_image
+from imgcls.data.images import decode_image, hash_files
 from imgcls.errors import UserError, did_you_mean, first_line, printable
 from imgcls.run import signals
 
@@ -48,11 +48,14 @@ class TfdsSource:
         )
         self._name, self._channels = f"{builder.data_path} {split}", channels
         info = builder.info.splits[split]
-        shards = [_check_shard(*shard) for shard in zip(info.filepaths, info.shard_lengths)]
+        self._shards = [_check_shard(*shard) for shard in zip(info.filepaths, info.shard_lengths)]
         self.class_names = tuple(builder.info.features["label"].names)
         self.ids = range(len(self._records))
-        content = hashlib.sha256(repr((DECODER, channels, shards)).encode())
-        self.fingerprint = f"{builder.info.full_name} {split} {content.hexdigest()}"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the contents of the files, each of which is read for it."""
+        return f"tfds {hash_files(self._shards, self._channels)}"
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,7 +101,10 @@ def open_tfds(
     if (root := os.path.expanduser(root)).startswith("~/"):
         raise UserError("there is no home directory: name a folder with --config.data.dir")
     root = Path(root).absolute()
-    dataset, directory = parse(name)[0], find(name, root)
+    try:
+        dataset, directory = parse(name)[0], find(name, root)
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror}; name another --config.data.dir") from error
     known = tfds.list_builders(with_community_datasets=False) if directory is None else [dataset]
     if dataset not in known:
         near = did_you_mean(dataset, [*others, *known]) or "name one of them"
@@ -181,12 +187,11 @@ def check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
         raise UserError(f"{name} is no image classification dataset (image, label): it has {has}")
 
 
-def _check_shard(path: Any, length: int) -> tuple[str, int, int]:
-    """Returns what identifies a shard's content. The number of records tells a truncated one."""
+def _check_shard(path: Any, length: int) -> Any:
+    """Returns the path. The number of records tells a truncated shard."""
     if not path.exists() or ArrayRecordReader(os.fspath(path)).num_records() != length:
         raise UserError(f"{path} is missing, truncated or damaged; {_REMEDY}")
-    stat = os.stat(path)
-    return path.name, stat.st_size, stat.st_mtime_ns
+    return path
 
 
 def _prepare_in_child(name: str, root: Path) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from imgcls import experiment
+from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
 from imgcls.evaluation.report import write_report
@@ -58,6 +59,9 @@ def evaluate(
             f"the classes of the data are no longer those that {workdir} was trained on: restore "
             "the data, or train again in another --workdir"
         )
+    record.check(workdir, splits)
+    if split == "test":
+        record.keep(workdir, {split: examples})
     if split == "test" and is_main():  # each look counts: choices belong on validation
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         look = json.dumps({"checkpoint": checkpoint, "step": step, "time": now})

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
+from imgcls.data import record
 from imgcls.errors import UserError
 from imgcls.evaluation import figures, scores
 from imgcls.evaluation.figures import figure
@@ -214,6 +215,7 @@ def main(_: list[str]) -> None:
     workdir = cli.required_workdir()
     run = read_run(workdir)  # what is missing is said before the data is loaded
     (examples,) = open_splits(load_config(workdir), "test")
+    record.check(workdir, {"test": examples})
     if run.ids.tolist() != list(examples.ids):
         raise UserError(
             f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "

@@ -267,11 +267,16 @@ def test_the_fingerprint_changes_with_a_file_and_with_nothing_else(tmp_path):
     assert prints() == before and len(set(before.values())) == 3
     assert not set(prints(channels=1).values()) & set(before.values())
     path = tmp_path / "test/a/0.png"
-    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    stat, content = path.stat(), path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    assert prints() == before
+    path.write_bytes(content[:-1] + b"x")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = prints()
     assert after["test"] != before["test"] and after["train"] == before["train"]
-    path.rename(path.with_name("other.png"))
+    path.unlink()
+    path.symlink_to("nothing")
     assert prints()["test"] not in (before["test"], after["test"])
-    (tmp_path / "train/a").rename(tmp_path / "train/0")
-    (tmp_path / "test/a").rename(tmp_path / "test/0")
+    (tmp_path / "train/a").rename(tmp_path / "train/c")
+    (tmp_path / "test/a").rename(tmp_path / "test/c")
     assert prints()["train"] != before["train"]

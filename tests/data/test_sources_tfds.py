@@ -128,6 +128,8 @@ def test_the_data_directory_is_the_given_one_else_tfds_data_dir(prepared, tmp_pa
     assert len(open_sources("tiny:1.0.0", data_dir=None, channels=3)["test"]) == 20
     refusal(lambda: open_sources("tiny", data_dir=str(tmp_path), channels=3), "unknown", "tiny")
     refusal(lambda: open_sources("tiny", data_dir="gs://bucket", channels=3), "gs://bucket")
+    for name in ("a\0b", "x" * 300, "x/" * 3000, "\udcff", "a\nb", "~nobody/x\0"):
+        refusal(lambda: open_sources("tiny", data_dir=name, channels=3), "--config.data.dir")
 
 
 def test_the_newest_version_and_the_named_config_are_found(tmp_path):
@@ -150,10 +152,14 @@ def test_the_fingerprint_tells_splits_channels_and_files_apart(prepared, copy):
 
     root = copy("tiny")
     before = prints(root)
-    assert prints(root) == before == prints(prepared)  # copytree keeps times
+    assert prints(root) == before == prints(prepared)
     assert len({*before, *prints(root, 1)}) == 4
     (shard,) = (root / "tiny/1.0.0").glob("tiny-train*-00001-of-00002")
     os.utime(shard, ns=(1, 1))
+    assert prints(root) == before
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     assert len({*before, *prints(root)}) == 3
 
 

@@ -1,7 +1,5 @@
 """Every example exactly once, in an order that (seed, epoch) alone decide, and decoded once."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -67,8 +65,16 @@ def test_unknown_or_empty_split_is_refused_with_the_sizes():
 
 def test_overlap_is_seen():
     sources = {"train": Numbers(10), "test": Numbers(4)}
-    assert splits.overlapping(sources, "train[:50%]", "train[4:6]")
-    assert not splits.overlapping(sources, "train[:50%]", "train[50%:]+test")
+    for a, b in (("train[:50%]", "train[50%:]+test"), ("train[9:]+test[:2]", "test[2:]+train[:9]")):
+        splits.check_disjoint(sources, {"a": a, "b": b})
+    for a, b in (("train[:50%]", "train[4:6]"), ("test", "test"), ("train[9:]", "test+train")):
+        with pytest.raises(UserError) as refused:
+            splits.check_disjoint(sources, {"a": a, "b": b})
+        assert str(refused.value) == f"b={b!r} shares examples with a={a!r}"
+    for twice in ("test[:2]+test[:2]", "train+test[1:]+train[9:]", "train[:6]+train[5:]"):
+        with pytest.raises(UserError) as refused:
+            splits.check_disjoint(sources, {"a": twice})
+        assert str(refused.value) == f"a={twice!r} shares examples with itself"
 
 
 def test_training_takes_each_example_at_most_once_an_epoch_and_fairly_over_epochs():
@@ -167,35 +173,6 @@ def test_the_cache_is_keyed_by_source_size_and_resize():
     assert changed.reads == 10
 
 
-def test_a_truncated_cache_is_decoded_again(tmp_path):
-    load({"train": Numbers(10)}, "train")
-    (entry,) = (tmp_path / "cache/imgcls/datasets").iterdir()
-    content = entry.read_bytes()
-    for size in (0, 5, 130, len(content) // 2, len(content) - 5):
-        os.truncate(entry, size)
-        source = Numbers(10)
-        (split,) = load({"train": source}, "train")
-        assert source.reads == 10 and numbers(split) == list(range(10))
-        assert entry.read_bytes() == content
-
-
-def test_an_entry_that_cannot_be_read_is_left_alone(tmp_path, caplog):
-    load({"train": Numbers(10)}, "train")
-    (entry,) = (tmp_path / "cache/imgcls/datasets").iterdir()
-    entry.unlink()
-    entry.mkdir()  # root, too, may not read this
-    (split,) = load({"train": Numbers(10)}, "train")
-    assert numbers(split) == list(range(10)) and entry.is_dir()
-    assert "cannot cache" in caplog.text
-
-
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    (split,) = load({"train": Numbers(10)}, "train")
-    assert numbers(split) == list(range(10))
-
-
 def test_unreadable_examples_are_listed_or_skipped_up_to_the_limit():
     with pytest.raises(UserError, match=r"2 unreadable.*3\.png is not.*5\.png.*skip_bad=2"):
         load({"train": Numbers(10, bad=(3, 5))}, "train", skip_bad=1)
@@ -209,6 +186,23 @@ def test_unreadable_examples_are_listed_or_skipped_up_to_the_limit():
         load({"train": Numbers(10, bad=(3, 5))}, "train", skip_bad=1)
 
 
+def test_a_mended_example_moves_no_other_over_a_border():
+    specs = ("train[:50%]", "train[50%:80%]", "train[-20%:]")
+    whole = load({"train": Numbers(100)}, *specs)
+    for bad in ((0,), (49, 50), (10, 79, 80, 99)):
+        broken = Numbers(100, bad=bad, fingerprint=f"without {bad}")
+        broken = load({"train": broken}, *specs, skip_bad=9)
+        for before, after in zip(broken, whole):
+            assert numbers(before) == [n for n in numbers(after) if n not in bad]
+
+
+def test_a_split_without_readable_examples_is_refused():
+    with pytest.raises(UserError, match=r"'train\[:2\]' has no readable example"):
+        load({"train": Numbers(10, bad=(0, 1))}, "train[:2]", skip_bad=2)
+    (split,) = load({"train": Numbers(10, bad=(0, 1))}, "train[8:]+train[:2]", skip_bad=2)
+    assert numbers(split) == [8, 9] and split.labels.dtype == np.int32
+
+
 def test_a_label_out_of_range_names_the_example():
     with pytest.raises(UserError, match=r"example 7 .*label 2, outside 0\.\.1"):
         load({"train": Numbers(10, label=lambda i: 2 if i == 7 else 0)}, "train")
@@ -218,6 +212,9 @@ def test_a_label_out_of_range_names_the_example():
 
 def test_more_than_the_memory_is_refused_before_it_is_read():
     source = Numbers(10**9)
-    with pytest.raises(UserError, match=r"need \d+\.\d GiB.*free.*image_size"):
+    with pytest.raises(UserError, match=r"need \d+\.\d GiB.*free.*image_size.*train\[:10%\]"):
         load({"train": source}, "train", image_size=(1000, 1000))
     assert source.reads == 0
+    # The advice is one: a part needs less.
+    (split,) = load({"train": source}, "train[:3]", image_size=(1000, 1000))
+    assert numbers(split) == [0, 1, 2] and source.reads == 3

@@ -13,7 +13,8 @@ from imgcls import experiment, load
 from imgcls.config import to_json
 from imgcls.errors import UserError
 from imgcls.evaluation import evaluate as evaluation
-from imgcls.experiment import load_config
+from imgcls.evaluation import report
+from imgcls.experiment import load_config, open_splits
 from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.workdir import write_json
@@ -110,6 +111,37 @@ def test_data_of_other_classes_is_refused_before_the_test_split_counts_as_seen(f
             classifier, {"test": renamed}, finished, split="test", checkpoint="latest"
         )
     assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_other_pictures_are_refused_before_the_test_split_counts_as_seen(finished, name):
+    classifier = load(finished)
+    splits = dict(zip(("test", "validation"), open_splits(classifier.config, "test", "validation")))
+    digests = splits[name].digests.copy()
+    digests[[12, 33]] ^= 1
+    splits[name] = dataclasses.replace(splits[name], digests=digests)
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=rf"2 of \d+ {name} pictures changed, first \d+ "):
+        evaluation.evaluate(classifier, splits, finished, split="test", checkpoint="latest")
+    assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+def test_pictures_first_seen_by_an_evaluation_are_those_of_the_report(tmp_path, monkeypatch):
+    config = small_config(train__epochs=1, data__validation="")
+    train_and_evaluate(config, tmp_path, test=False)
+    (test,) = open_splits(config, "test")
+    evaluation.evaluate(load(tmp_path), {"test": test}, tmp_path, split="test", checkpoint="latest")
+    changed = dataclasses.replace(test, digests=test.digests[::-1])
+    monkeypatch.setattr(report, "open_splits", lambda *_: [changed])
+    monkeypatch.setattr(report.cli, "required_workdir", lambda: tmp_path)
+    page = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(UserError, match="50 of 50 test pictures changed"):
+        report.main([])
+    with pytest.raises(UserError, match="50 of 50 test pictures changed"):
+        train_and_evaluate(
+            config, tmp_path, splits={"train": open_splits(config, "train")[0], "test": changed}
+        )
+    assert (tmp_path / "report.html").read_bytes() == page
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error_of_the_user(finished, tmp_path):

@@ -1,0 +1,57 @@
+"""data.npz of a workdir: the examples that its run was trained, validated and tested on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from imgcls.data.images import DECODER
+from imgcls.data.splits import Split
+from imgcls.errors import UserError, first_line
+from imgcls.parallel import is_main
+from imgcls.run import files
+
+
+def check(workdir: Path, splits: dict[str, Split]) -> dict[str, np.ndarray]:
+    """Returns `Split.identities` of the splits that the run saw; an older run tells of none.
+
+    Raises:
+        UserError: one of `splits` is not what the run saw of it, or data.npz cannot be read.
+    """
+    path = workdir / "data.npz"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            saved = {name: np.ravel(arrays[name]).astype("<u8") for name in arrays}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # of a damaged file zipfile, zlib and numpy each have their own
+        why = f"{path} cannot be read ({first_line(error)}), which tells whether the data changed"
+        raise UserError(f"{why}: restore it, or delete it to take the data as it is") from error
+    for name in splits.keys() & saved.keys():
+        if differs := _difference(name, splits[name], saved[name]):
+            raise UserError(
+                f"{differs} (decoded by {DECODER}): restore the data and the decoder that {workdir}"
+                " was made with, or use another --workdir"
+            )
+    return saved
+
+
+def keep(workdir: Path, splits: dict[str, Split], *, anew: bool = False) -> None:
+    """Adds what the run sees for the first time; with `anew` a new run begins."""
+    saved = {} if anew else check(workdir, {})
+    if is_main() and splits.keys() - saved.keys():
+        with files.replacing(workdir / "data.npz") as file:
+            np.savez(file, **{name: split.identities for name, split in splits.items()} | saved)
+
+
+def _difference(name: str, split: Split, was: np.ndarray) -> str:
+    """Such as "37 of 252 test pictures changed, first cat/0012.jpg"; empty if nothing differs."""
+    now = split.identities
+    new, gone = ~np.isin(now, was), ~np.isin(was, now)
+    if new.any():
+        first = str(split.ids[int(new.argmax())]).partition(":")
+        size = f" ({len(was)} then, {len(now)} now)" if len(now) != len(was) else ""
+        what = f"{name} pictures {'changed' if gone.any() else 'are new'}"
+        return f"{new.sum()} of {len(now)} {what}, first {first[2] or first[0]}{size}"
+    if gone.any():
+        return f"{gone.sum()} of {len(was)} {name} pictures are gone"
+    return "" if np.array_equal(now, was) else f"the {name} pictures are in another order"
