@@ -69,6 +69,19 @@ def as_users() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
 
 
+def read_events(workdir: Path) -> list:
+    """TensorBoard's events that one session of a run wrote."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = workdir.glob("events.out.tfevents.*")
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12:end]))
+        content = content[end + 4 :]
+    return events
+
+
 def random_logits(examples: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """float32[N, K] that are right more often than not, and int32[N] with every class."""
     rng = np.random.default_rng(seed)

@@ -103,7 +103,8 @@ def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
         ({"augment__zoom_fraction": float("inf")}, "zoom_fraction=inf must be"),
         ({"augment__cutmix_alpha": float("nan")}, "cutmix_alpha=nan must be"),
         ({"data__validation": "", "eval__checkpoint": "best"}, "config.eval.checkpoint=best needs"),
-        ({"seed": -1}, "config.seed=-1"),
+        ({"seed": -1}, "config.seed=-1 must be a whole number from 0 to 2"),
+        ({"seed": 2**63}, "config.seed=9223372036854775808 must be a whole number from 0 to 2"),
         ({"model__widths": (4, 4, 4, 4)}, "halves the image 4 times"),
         (
             {"train__small_epochs": 1.0, "train__small_image_size": (1, 1)},

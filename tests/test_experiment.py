@@ -11,6 +11,7 @@ import pytest
 
 from imgcls import cpu, experiment
 from imgcls.config import flatten, to_json
+from imgcls.data.order import TrainOrder, epoch_order
 from imgcls.data.sources import SOURCES
 from imgcls.data.splits import Split
 from imgcls.errors import UserError
@@ -20,6 +21,10 @@ from imgcls.run.workdir import write_json
 from imgcls.task import balanced_weights
 from tests.helpers import small_config
 from tests.test_config import CONFIGS
+
+
+def key_of(seed):
+    return Experiment(small_config(seed=seed), class_names="ab").rng
 
 
 def random_split(config, examples=4, classes=10):
@@ -212,3 +217,27 @@ def lower_train_step(exp, platform):
     )
     traced = jax.jit(step).trace(state, batch, jax.random.key(0))
     return traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_seeds_of_32_bits_draw_what_they_drew_before_there_were_longer_ones(seed):
+    expected = jax.random.key_data(jax.random.key(seed))
+    assert jax.random.key_data(key_of(seed)).tolist() == expected.tolist()
+    for epoch in (0, 3):
+        order = np.random.default_rng([seed, epoch]).permutation(50)
+        assert epoch_order(50, seed=seed, epoch=epoch).tolist() == order.tolist()
+    mirrored = np.random.default_rng([seed, 0, 1]).integers(2, size=50) == 1
+    order = TrainOrder(50, batch_size=5, seed=seed)
+    assert order.mirrored(np.arange(50), 0).tolist() == mirrored.tolist()
+
+
+def test_every_seed_gives_its_own_run():
+    seeds = [1, 2, 2**32, 2**32 + 1, 2 * 2**32 + 1, 2**63 - 1]
+    assert len({tuple(jax.random.key_data(key_of(seed)).tolist()) for seed in seeds}) == len(seeds)
+    orders = {epoch_order(50, seed=s, epoch=e).tobytes() for s in seeds for e in range(3)}
+    assert len(orders) == 3 * len(seeds)
+    halves = {
+        TrainOrder(50, batch_size=5, seed=seed).mirrored(np.arange(50), 0).tobytes()
+        for seed in seeds
+    }
+    assert len(halves) == len(seeds)

@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from imgcls.run.logs import read_metrics
+from imgcls.run.signals import PAIR_SECONDS
 from imgcls.run.workdir import claim
 from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_train import EVERYTHING, without_times
@@ -129,6 +131,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
         process.send_signal(signals[0])
         if len(signals) > 1:
             read_until(process, f"now: {where}")
+            time.sleep(PAIR_SECONDS)  # two at once count as one
             process.send_signal(signals[1])
         printed, _ = process.communicate(timeout=60)
         assert "Traceback" not in printed

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,27 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
     inside = tmp_path / "file" / "run"
     assert f"--workdir={inside}" in refused(DIGITS, f"--workdir={inside}")
     assert "--workdir=/proc/run cannot be used" in refused(DIGITS, "--workdir=/proc/run")
+
+
+def evaluate_kept(home, *arguments):
+    """imgcls evaluate of a copy of the run in tests/fixtures, in a home directory."""
+    shutil.copytree(ROOT / "tests/fixtures/run", home / "run", dirs_exist_ok=True)
+    command = [sys.executable, "-m", "imgcls", "evaluate", "--checkpoint=5", *arguments]
+    environment = os.environ | {"HOME": str(home)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_paths_begin_at_home_and_keys_that_change_no_result_may_be_given(tmp_path):
+    result = evaluate_kept(tmp_path, "--workdir=~/run", "--config.eval.batch_size=7")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/results_test_5.json").exists()
+    assert not (ROOT / "~").exists()
+
+
+def test_other_keys_of_a_trained_run_are_refused_in_one_line(tmp_path):
+    result = evaluate_kept(tmp_path, "--workdir=~/run", "--config.optim.learning_rate=1")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "learning_rate cannot be changed after training: only --config.data" in result.stderr
 
 
 def run_in_process(monkeypatch, error):

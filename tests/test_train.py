@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import MetricWindow, read_metrics
 from imgcls.train import train_and_evaluate
-from tests.helpers import small_config
+from tests.helpers import read_events, small_config
 
 # Everything on that carries state from step to step, or draws at random.
 EVERYTHING = {
@@ -62,6 +63,12 @@ def outcome(workdir):
     return without_times(read_metrics(workdir / "metrics.jsonl")), results
 
 
+def assert_events_are_whole(workdir):
+    """TensorBoard has what was logged until a run's one session ended."""
+    steps = {event.step for event in read_events(workdir) if event.HasField("summary")}
+    assert {row["step"] for row in read_metrics(workdir / "metrics.jsonl")} <= steps
+
+
 def assert_same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
@@ -78,13 +85,16 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monke
         stop_after(patch, step)
         train_and_evaluate(small_config(**EVERYTHING), tmp_path)
     assert not (tmp_path / "results.json").exists()
+    assert_events_are_whole(tmp_path)
     state = train_and_evaluate(small_config(**EVERYTHING), tmp_path)
     assert_same(state, uninterrupted[0])
     assert outcome(tmp_path) == outcome(uninterrupted[1])
 
 
-def test_another_seed_is_another_run(uninterrupted, tmp_path):
-    state = train_and_evaluate(small_config(**EVERYTHING, seed=1), tmp_path)
+def test_another_seed_in_another_thread_is_another_run(uninterrupted, tmp_path):
+    with ThreadPoolExecutor(1) as executor:
+        config = small_config(**EVERYTHING, seed=1)
+        state = executor.submit(train_and_evaluate, config, tmp_path).result()
     with pytest.raises(AssertionError):
         assert_same(state.params, uninterrupted[0].params)
 
@@ -104,6 +114,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     }  # fmt: skip
     assert results.items() >= expected.items()
     assert {"top1", "top5", "loss", "device", "versions", "git_commit"} <= set(results)
+    assert results["git_commits"] == [results["git_commit"]]
     assert np.sum(results["confusion_matrix"]) == 50
     assert list(workdir.glob("events.out.tfevents.*"))
     assert flatten(load_config(workdir)) == flatten(small_config(**EVERYTHING))
@@ -191,6 +202,7 @@ def test_divergence_names_the_step_and_the_examples_and_saves_nothing_past_it(tm
     assert len(told["ids"]) == 40
     assert all(step < told["step"] for step in Checkpoints(tmp_path / "checkpoints").steps())
     assert all(row["step"] < told["step"] for row in read_metrics(tmp_path / "metrics.jsonl"))
+    assert_events_are_whole(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")

@@ -130,5 +130,6 @@ def _temporary() -> str:
     """A private folder that goes with this process."""
     folder = tempfile.mkdtemp(prefix="imgcls-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.setdefault("MPLCONFIGDIR", folder)
     logging.warning("there is no home directory: caches are in %s until this process ends", folder)
     return folder

@@ -34,7 +34,7 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def start() -> None:
     """To be called once by a process, before JAX computes anything."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        _keep_programs()
+        keep_programs()
     visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
@@ -45,7 +45,7 @@ def start() -> None:
 
 
 @functools.cache
-def _keep_programs() -> None:
+def keep_programs() -> None:
     """Has JAX keep compiled programs on the disk."""
     folder = cache_folder("xla")
     try:

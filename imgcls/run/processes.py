@@ -56,8 +56,8 @@ def session(
     met = f"met at --coordinator_address={coordinator_address}"
     if set(given.values()) == {None}:
         if several := _detected():
-            met = f"detected, {several}, met"
-            say(f"detected {several}: waiting for all; --num_processes=1 trains alone")
+            met = f"({several}) met"
+            say(f"{several}: waiting up to {start_timeout} s; --num_processes=1 trains alone")
     elif several := num_processes != 1:
         _check(**given)
     if not several:
@@ -175,7 +175,7 @@ def _detected() -> str:
             pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
             if not cluster.opt_in_only_method and not pod and cluster.is_env_present():
                 count = cluster.get_process_count()
-                return f"{count} processes by {cluster.__name__}" if count > 1 else ""
+                return f"{cluster.__name__} has {count} processes of this run" if count > 1 else ""
     except Exception as error:
         logging.warning(
             "this may be one of several processes, but JAX cannot tell (%s): if so, give each "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from imgcls import experiment, load
@@ -212,6 +212,17 @@ def test_without_onnx_a_line_says_what_to_install(tmp_path):
     assert result.returncode == 2
     assert result.stderr == (
         "error: --format=onnx needs more: pip install -r requirements-onnx.txt\n"
+    )
+
+
+def test_weights_need_no_pictures(tmp_path):
+    path, config = tmp_path / "model", small_config(data__name="image_folder", data__dir="gone")
+    write_untrained_run(tmp_path / "run", config, NAMES)
+    result = run(f"--workdir={tmp_path / 'run'}", "--format=safetensors", f"--output={path}")
+    assert result.returncode == 0, result.stderr
+    variables = unflatten_dict(safetensors.numpy.load_file(path), sep=".")
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["params"], load(tmp_path / "run").state.params
     )
 
 

@@ -1,16 +1,21 @@
 """Several processes of one run, as real processes that talk over gloo on this machine."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 
+import jax
+import numpy as np
 import pytest
 
 from imgcls.errors import UserError
-from imgcls.run.processes import session
+from imgcls.run import processes
+from imgcls.run.processes import check_same, session
 from tests.helpers import ROOT, flags_of, small_config
 from tests.test_faults import final_arrays, read_until
 from tests.test_train import EVERYTHING
@@ -111,9 +116,56 @@ def test_one_process_needs_no_flags_and_no_cluster(monkeypatch, environment):
     for name, value in (slurm | environment).items():
         monkeypatch.setenv(name, value)
     with session(None, None, None, start_timeout=1, heartbeat_timeout=1):
-        import jax
-
         assert not jax.distributed.is_initialized()
+
+
+def test_processes_that_differ_are_told_what_differs(monkeypatch):
+    theirs = {"config.optim.learning_rate": 0.5, "config.model.widths": [8], "versions.jax": "1"}
+    ours = {"config.optim.learning_rate": 0.1, "config.model.widths": (8,), "versions.jax": "1"}
+
+    def gather(x):
+        if np.ndim(x) == 0:
+            return np.stack([x, 300])
+        return np.stack([x, np.frombuffer(json.dumps(theirs).encode().ljust(300), np.uint8)])
+
+    check_same(lambda: pytest.fail("a process alone compares nothing"))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "process_allgather", gather)
+    expected = r"differ: config.optim.learning_rate is 0.1 in process 0, 0.5 in process 1\."
+    with pytest.raises(UserError, match=expected):
+        check_same(lambda: ours)
+    theirs |= {"config.optim.learning_rate": 0.1}
+    check_same(lambda: ours)
+    with pytest.raises(UserError, match="the test split is a in process 0, None in process 1"):
+        check_same(lambda: ours | {"the test split": "a"})
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_configs_both_refuse(tmp_path):
+    common = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    configs = (small_config(optim__learning_rate=rate) for rate in (0.1, 0.5))
+    pair = [start(tmp_path, c, *common, f"--process_id={i}") for i, c in enumerate(configs)]
+    codes, printed = wait_for(*pair)
+    assert codes == [2, 2]
+    for text in printed:
+        assert "learning_rate is 0.1 in process 0, 0.5 in process 1" in text.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_by_hand_in_an_allocation_is_told_at_once_how_to_train_alone(monkeypatch, capsys):
+    slurm = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    for name, value in zip(slurm, ("1", "localhost", "4", "0", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+    def others_do_not_come(**_):
+        assert "4 processes" in (printed := capsys.readouterr().out)
+        assert "waiting up to 1 s; --num_processes=1 trains alone" in printed
+        time.sleep(2)
+
+    monkeypatch.setattr(jax.distributed, "initialize", others_do_not_come)
+    alone = session(None, None, None, start_timeout=1, heartbeat_timeout=1)
+    with pytest.raises(UserError, match=r"4 processes.*within 1 s.*--num_processes=1"), alone:
+        raise AssertionError
 
 
 @pytest.fixture(scope="module")
