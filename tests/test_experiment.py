@@ -132,6 +132,17 @@ def test_evaluation_takes_no_more_images_at_once_than_there_are():
     assert [len(batch["mask"]) for batch in exp.eval_batches("validation")] == [32, 32, 32]
 
 
+def test_steps_before_the_average_has_settled_cannot_be_the_best():
+    def possible(epochs, **changed):
+        config = small_config(train__epochs=epochs, train__batch_size=4, **changed)
+        exp = Experiment(config, splits={"train": random_split(config, examples=20)})
+        return [step for step in range(5, exp.total_steps + 1, 5) if exp.may_be_best(step)]
+
+    assert possible(9, optim__ema_decay=0.99) == [30, 35, 40, 45]
+    assert possible(2, optim__ema_decay=0.99) == [10], "there is always one"
+    assert possible(3) == [5, 10, 15]
+
+
 def test_without_test_the_test_split_is_not_opened(monkeypatch):
     opened = SOURCES["digits"]
 

@@ -99,13 +99,13 @@ def wilson_interval(successes: int, n: int) -> list[float]:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T that minimises the NLL of `logits / T` (Guo et al. 2017, section 4.2).
 
-    Where every prediction is right the NLL falls without end as T goes to 0, so T is kept within
-    `TEMPERATURE_BOUNDS`. Raises what `evaluate_logits` does.
+    Where every prediction is right the NLL falls without end as T goes to 0. Its sum over the
+    examples therefore includes log(T)^2 / 2, a prior that counts where there are few. Raises what `evaluate_logits` does.
     """
     from scipy.optimize import minimize_scalar
 
     logits, labels = _checked(logits, labels)
-    nll = lambda log_t: _nll(logits * np.exp(-log_t), labels)
+    nll = lambda log_t: _nll(logits * np.exp(-log_t), labels) + log_t**2 / (2 * len(labels))
     result = minimize_scalar(nll, bounds=np.log(TEMPERATURE_BOUNDS), method="bounded")
     return float(np.exp(result.x))
 
