@@ -38,10 +38,10 @@ def _accuracy(summary: dict[str, Any]) -> list[str]:
     accuracy = f"{top1['mean']:.2%}"
     if len(runs) == 1:
         accuracy += f" ({round(runs[0]['top1'] * runs[0]['examples'])}/{runs[0]['examples']})"
-    interval = " to ".join(f"{100 * bound:.2f}" for bound in top1["interval"])
+    interval = " to ".join(f"{100 * bound:.2f}" for bound in top1["interval"] or ())
     time = f"{seconds['command'] or seconds['inside']:.0f} s"
     time += "" if seconds["command"] else " without imports"
-    return [name, accuracy, f"{interval} (over {top1['over']})", time]
+    return [name, accuracy, f"{interval or 'none'} (over {top1['over']})", time]
 
 
 def results(folder: Path = common.RESULTS) -> str:

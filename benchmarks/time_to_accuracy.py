@@ -4,10 +4,12 @@
         [--output=benchmarks/results/cifar10.json] [--note=TEXT] [--config.key=value ...]
     python benchmarks/time_to_accuracy.py --config=configs/cifar10.py --collect runs/a runs/b ...
 
-The second form summarises runs that are finished. README.md's table is made of the output files:
-run `python benchmarks/tables.py` afterwards.
+The first form is a sweep without a space, which needs validation images; its time, imports and all,
+is divided by its seeds. The second form summarises runs that are finished. README.md's table is
+made of the output files: run `python benchmarks/tables.py` afterwards.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -18,22 +20,29 @@ from typing import Any
 import common
 
 from imgcls.errors import UserError
+from imgcls.evaluation.groups import student_interval
 from imgcls.run.workdir import read_json, write_json
 
 COMMAND = "command.json"  # in a workdir: what only the one who typed the command knows
 
 
-def train(config: str, workdir: Path, *flags: str) -> None:
-    """main.py to its end; the seconds that it took go to the workdir, if they are all of them."""
-    fresh = not (workdir / "config.json").exists()
-    command = [sys.executable, str(common.ROOT / "main.py"), f"--config={config}"]
+def train(config: str, sweep: Path, seeds: int, *flags: str) -> list[Path]:
+    """Trains and tests the seeds in a sweep, and returns their workdirs.
+
+    Its seconds, in equal parts, go to the workdirs, if they are all of them.
+    """
+    fresh = not (sweep / "sweep.json").exists()
+    command = [sys.executable, "-m", "imgcls", "sweep", f"--config={config}", f"--workdir={sweep}"]
+    environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
     started = time.perf_counter()
-    code = subprocess.run([*command, f"--workdir={workdir}", *flags]).returncode
-    if code:
-        raise SystemExit(code)
-    if fresh:
-        seconds = round(time.perf_counter() - started, 1)
+    code = subprocess.run([*command, f"--seeds={seeds}", "--test", *flags], env=environment)
+    if code.returncode:
+        raise SystemExit(code.returncode)
+    seconds = round((time.perf_counter() - started) / seeds, 1)
+    workdirs = sorted(sweep.glob("seeds/*"), key=lambda path: int(path.name.partition("-")[2]))
+    for workdir in workdirs if fresh else []:
         write_json(workdir / COMMAND, {"seconds": seconds, "machine": common.machine()})
+    return workdirs
 
 
 def collect(workdirs: list[Path]) -> dict[str, Any]:
@@ -41,8 +50,8 @@ def collect(workdirs: list[Path]) -> dict[str, Any]:
 
     Returns:
         config (the common one), seeds (a dict for each run), top1 (mean, 95% interval, and what it
-        is over: seeds or, of a single run, examples), seconds (means of the whole `command` and of
-        what the run counts itself), machine, device, versions and git_commit.
+        is over: seeds or, of a single run, examples; None for two seeds), seconds (means of the
+        whole `command` and of what the run counts itself), machine, device, versions, git_commit.
 
     Raises:
         UserError: a run is not finished, differs in more than its seed, or repeats one.
@@ -77,14 +86,6 @@ def collect(workdirs: list[Path]) -> dict[str, Any]:
     }
 
 
-def student_interval(values: list[float]) -> list[float]:
-    """The 95% confidence interval of the mean of normal values: [low, high]."""
-    from scipy.stats import t
-
-    half = statistics.stdev(values) / len(values) ** 0.5 * float(t.ppf(0.975, len(values) - 1))
-    return [statistics.fmean(values) - half, statistics.fmean(values) + half]
-
-
 def _read(workdir: Path) -> dict[str, Any]:
     config, results = read_json(workdir / "config.json"), read_json(workdir / "results.json")
     command = read_json(workdir / COMMAND) if (workdir / COMMAND).exists() else {}
@@ -100,7 +101,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--config", required=True, help="such as configs/cifar10.py")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of the runs' workdirs")
+    parser.add_argument("--workdir", type=Path, default=Path("runs"), help="of the sweep's workdir")
     parser.add_argument("--output", type=Path, help="default: results/<config>.json")
     parser.add_argument("--note", default="", help="beside the config's name in the README")
     parser.add_argument("--machine", help="of collected runs that do not tell it")
@@ -111,11 +112,9 @@ def main() -> None:
     if arguments.seeds < 1:
         parser.error("--seeds: at least 1")
     name = Path(arguments.config).stem
-    workdirs = arguments.collect
-    if not workdirs:
-        workdirs = [arguments.workdir / f"{name}-{seed}" for seed in range(arguments.seeds)]
-        for seed, workdir in enumerate(workdirs):
-            train(arguments.config, workdir, f"--config.seed={seed}", *flags)
+    workdirs = arguments.collect or train(
+        arguments.config, arguments.workdir / f"{name}-seeds", arguments.seeds, *flags
+    )
     try:
         summary = collect(workdirs)
     except UserError as error:
@@ -125,8 +124,8 @@ def main() -> None:
     output = arguments.output or common.RESULTS / f"{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, summary)
-    low, high = summary["top1"]["interval"]
-    print(f"top1 {summary['top1']['mean']:.4f} ({low:.4f} to {high:.4f}), {output}")
+    interval = " to ".join(f"{bound:.4f}" for bound in summary["top1"]["interval"] or ())
+    print(f"top1 {summary['top1']['mean']:.4f} ({interval or 'no interval'}), {output}")
 
 
 if __name__ == "__main__":
