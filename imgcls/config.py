@@ -118,7 +118,7 @@ KEYS = {
     "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "bound on the gradient's global norm; 0: none"),
     "optim.ema_decay": Key(0.0, FRACTION, "of the average of parameters, per step; 0: none"),
     "train.batch_size": Key(128, COUNT, "images per step, on all devices together"),
-    "train.accumulate_steps": Key(1, COUNT, "parts of a batch, computed (and normalised) one by one"),
+    "train.accumulate_steps": Key(1, COUNT, "parts of a batch, computed (and normalised) in turn"),
     "train.epochs": Key(10, COUNT, "passes over the training examples"),
     "train.small_epochs": Key(0.0, NOT_NEGATIVE, "first epochs that train on smaller images"),
     "train.small_image_size": Key((), SIZE_OR_NONE, "(height, width) in those epochs"),

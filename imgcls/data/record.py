@@ -1,6 +1,7 @@
 """data.npz of a workdir: the examples that its run was trained, validated and tested on."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,8 @@ def keep(workdir: Path, splits: dict[str, Split], *, anew: bool = False) -> None
     saved = {} if anew else check(workdir, {})
     if is_main() and splits.keys() - saved.keys():
         with files.replacing(workdir / "data.npz") as file:
-            np.savez(file, **{name: split.identities for name, split in splits.items()} | saved)
+            identities: dict[str, Any] = {name: s.identities for name, s in splits.items()}
+            np.savez(file, **identities | saved)
 
 
 def _difference(name: str, split: Split, was: np.ndarray) -> str:

@@ -100,7 +100,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature T that minimises the NLL of `logits / T` (Guo et al. 2017, section 4.2).
 
     Where every prediction is right the NLL falls without end as T goes to 0. Its sum over the
-    examples therefore includes log(T)^2 / 2, a prior that counts where there are few. Raises what `evaluate_logits` does.
+    examples therefore includes log(T)^2 / 2, a prior that counts where there are few. Raises what
+    `evaluate_logits` does.
     """
     from scipy.optimize import minimize_scalar
 
