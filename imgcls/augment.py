@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from imgcls.pixels import LUMA, blurred, equalized, gather, interpolate, reflect
+
 Examples = tuple[Array, Array]
 Augment = Callable[[Array, Array, Array], Examples]
 
@@ -69,16 +71,83 @@ def resample(images: Array, radians: Array, scales: Array) -> Array:
     cos, sin = (jnp.round(turns * 2**20) / 2**20 / scales[None]).reshape(2, batch, 1, 1)
     y = (jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2)[None, :, None]
     x = (jnp.arange(width, dtype=jnp.float32) - (width - 1) / 2)[None, None, :]
-    rows = _reflect(cos * y + sin * x + (height - 1) / 2, height)
-    columns = _reflect(cos * x - sin * y + (width - 1) / 2, width)
+    rows, columns = cos * y + sin * x, cos * x - sin * y
+    return interpolate(images, rows + (height - 1) / 2, columns + (width - 1) / 2)
 
-    top, left = rows.astype(jnp.int32), columns.astype(jnp.int32)
-    bottom, right = jnp.minimum(top + 1, height - 1), jnp.minimum(left + 1, width - 1)
-    down, across = (rows - jnp.floor(rows))[..., None], (columns - jnp.floor(columns))[..., None]
-    pixels = images.astype(jnp.float32)
-    upper = (1 - across) * _gather(pixels, top, left) + across * _gather(pixels, top, right)
-    lower = (1 - across) * _gather(pixels, bottom, left) + across * _gather(pixels, bottom, right)
-    return ((1 - down) * upper + down * lower).astype(images.dtype)
+
+def crop(rng: Array, images: Array, labels: Array, fraction: float) -> Examples:
+    """Cuts off up to this fraction of the area, and enlarges what is left. arXiv 1409.4842
+
+    The area that is left is uniform in [1 - fraction, 1]. Its width over its height is log-uniform
+    in [3/4, 4/3] of the image's, as far as it fits, and its place is uniform.
+    """
+    batch, height, width, _ = images.shape
+    area_rng, ratio_rng, place_rng = jax.random.split(rng, 3)
+    area = jax.random.uniform(area_rng, (batch, 1), jnp.float32, 1 - fraction, 1)
+    ratio = jnp.exp(_uniform(ratio_rng, images, math.log(4 / 3)))[:, None]
+    ratio = jnp.clip(ratio, area, 1 / area)
+    tall, wide = jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)
+    top, left = jax.random.uniform(place_rng, (2, batch, 1)) * (1 - jnp.stack([tall, wide]))
+    y, x = (jnp.arange(size, dtype=jnp.float32)[None] + 0.5 for size in (height, width))
+    rows, columns = top * height + tall * y - 0.5, left * width + wide * x - 0.5
+    shape = (batch, height, width)
+    rows = jnp.broadcast_to(rows[:, :, None], shape)
+    return interpolate(images, rows, jnp.broadcast_to(columns[:, None, :], shape)), labels
+
+
+def rand_augment(
+    rng: Array, images: Array, labels: Array, magnitude: float, *, rand_augment_layers: int = 2
+) -> Examples:
+    """Applies random operations of this magnitude, 10 being the strongest. arXiv 1909.13719
+
+    Args:
+        rand_augment_layers: operations per image, one after the other
+    """
+    for layer in range(rand_augment_layers if magnitude else 0):
+        which_rng, sign_rng = jax.random.split(jax.random.fold_in(rng, layer))
+        which = jax.random.randint(which_rng, (len(images),), 0, len(OPERATIONS))
+        sign = jax.random.rademacher(sign_rng, (len(images),), jnp.float32)
+        images = operate(images, which, sign * magnitude / 10)
+    return images, labels
+
+
+def operate(images: Array, which: Array, level: Array) -> Array:
+    """One of OPERATIONS (int32[B]) per image, in the ranges of AutoAugment.
+
+    `level` is float32[B] in [-1, 1]; where a sign has no meaning it is ignored. Operations that
+    move pixels reflect at the edges, as all augmentations here do.
+    """
+    _, height, width, _ = images.shape
+    which, sign = which[:, None, None, None], level[:, None, None, None]
+    level = jnp.abs(sign)
+    is_ = lambda name: which == OPERATIONS.index(name)
+    moved = lambda name, amount: jnp.where(is_(name), amount * sign, 0)[..., 0]
+    y = (jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2)[None, :, None]
+    x = (jnp.arange(width, dtype=jnp.float32) - (width - 1) / 2)[None, None, :]
+    radians = moved("rotate", math.radians(30))
+    rows = jnp.cos(radians) * y + (jnp.sin(radians) + moved("shear_y", 0.3)) * x
+    columns = jnp.cos(radians) * x - (jnp.sin(radians) - moved("shear_x", 0.3)) * y
+    rows += moved("translate_y", 0.45 * height) + (height - 1) / 2
+    columns += moved("translate_x", 0.45 * width) + (width - 1) / 2
+    pixels = interpolate(images.astype(jnp.float32), rows, columns)
+
+    away_from = lambda other: pixels + 0.9 * sign * (pixels - other)
+    gray = (pixels @ jnp.array(LUMA) if pixels.shape[-1] == 3 else pixels.mean(-1))[..., None]
+    step = 2.0 ** jnp.round(4 * level)  # from 8 bits to 4
+    low, high = pixels.min((1, 2), keepdims=True), pixels.max((1, 2), keepdims=True)
+    results = {
+        "brightness": away_from(0.0),
+        "color": away_from(gray),
+        "contrast": away_from(gray.mean((1, 2), keepdims=True)),
+        "sharpness": away_from(blurred(pixels)),
+        "solarize": jnp.where(pixels < 1 - level, pixels, 1 - pixels),
+        "posterize": jnp.floor(jnp.round(pixels * 255) / step) * step / 255,
+        "autocontrast": jnp.where(high > low, (pixels - low) / (high - low), pixels),
+        "equalize": equalized(pixels),
+    }
+    for name, result in results.items():
+        pixels = jnp.where(is_(name), jnp.clip(result, 0, 1), pixels)
+    return pixels.astype(images.dtype)
 
 
 def translate(rng: Array, images: Array, labels: Array, pixels: int) -> Examples:
@@ -88,9 +157,9 @@ def translate(rng: Array, images: Array, labels: Array, pixels: int) -> Examples
     """
     batch, height, width, _ = images.shape
     down, right = jax.random.randint(rng, (2, batch, 1), -int(pixels), int(pixels) + 1)
-    rows = _reflect(jnp.arange(height)[None] + down, height)
-    columns = _reflect(jnp.arange(width)[None] + right, width)
-    return _gather(images, rows[:, :, None], columns[:, None, :]), labels
+    rows = reflect(jnp.arange(height)[None] + down, height)
+    columns = reflect(jnp.arange(width)[None] + right, width)
+    return gather(images, rows[:, :, None], columns[:, None, :]), labels
 
 
 def brightness(rng: Array, images: Array, labels: Array, delta: float) -> Examples:
@@ -111,7 +180,7 @@ def saturation(rng: Array, images: Array, labels: Array, change: float) -> Examp
     if images.shape[-1] != 3:
         return images, labels
     red, green, blue = jnp.split(images, 3, axis=-1)
-    gray = 0.299 * red + 0.587 * green + 0.114 * blue
+    gray = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     return _shift(rng, images, images - gray, change), labels
 
 
@@ -123,6 +192,22 @@ def cutout(rng: Array, images: Array, labels: Array, pixels: int) -> Examples:
     """
     square = _boxes(rng, images, *jnp.full((2, len(images)), int(pixels)))
     return jnp.where(square, images.mean((1, 2), keepdims=True), images), labels
+
+
+def erase(rng: Array, images: Array, labels: Array, probability: float) -> Examples:
+    """Fills a rectangle with noise, with the given probability. arXiv 1708.04896
+
+    Its area is uniform in [0.02, 0.4] of the image's, and its height over its width log-uniform in
+    [0.3, 1 / 0.3]. It is cut off at the edges.
+    """
+    coin_rng, area_rng, ratio_rng, box_rng, fill_rng = jax.random.split(rng, 5)
+    batch, height, width, _ = images.shape
+    area = jax.random.uniform(area_rng, (batch,), jnp.float32, 0.02, 0.4) * height * width
+    ratio = jnp.exp(_uniform(ratio_rng, images, math.log(1 / 0.3)))
+    sides = jnp.round(jnp.sqrt(jnp.stack([area * ratio, area / ratio]))).astype(jnp.int32)
+    coin = jax.random.bernoulli(coin_rng, float(probability), (batch, 1, 1, 1))
+    noise = jax.random.uniform(fill_rng, images.shape, images.dtype)
+    return jnp.where(coin & _boxes(box_rng, images, *sides), noise, images), labels
 
 
 def mixup(rng: Array, images: Array, labels: Array, alpha: float) -> Examples:
@@ -148,15 +233,21 @@ def mixup_or_cutmix(
     return _mix(images, labels, jnp.where(coin, averaged, pasted))
 
 
+OPERATIONS = ("identity", "rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+OPERATIONS += ("brightness", "color", "contrast", "sharpness", "solarize", "posterize")
+OPERATIONS += ("autocontrast", "equalize")
 # In order of application.
 AUGMENTATIONS: dict[str, Callable[..., Examples]] = {
     "flip_probability": flip,
     "rotate_degrees": rotate,
     "zoom_fraction": zoom,
+    "crop_fraction": crop,
     "translate_pixels": translate,
     "brightness": brightness,
     "contrast": contrast,
     "saturation": saturation,
+    "rand_augment_magnitude": rand_augment,
+    "erase_probability": erase,
     "cutout_pixels": cutout,
     "mixup_alpha": mixup,
     "cutmix_alpha": cutmix,
@@ -173,6 +264,9 @@ LIMITS = {
     "brightness": 1,
     "contrast": 1,
     "saturation": 1,
+    "crop_fraction": 0.99,
+    "rand_augment_magnitude": 10,
+    "erase_probability": 1,
 }
 
 
@@ -229,18 +323,6 @@ def _uniform(rng: Array, images: Array, bound: float) -> Array:
 def _shift(rng: Array, images: Array, direction: Array, bound: float) -> Array:
     amount = _uniform(rng, images, bound)[:, None, None, None].astype(images.dtype)
     return jnp.clip(images + amount * direction, 0, 1)
-
-
-def _reflect(positions: Array, size: int) -> Array:
-    """Folds positions beyond [0, size - 1] back like numpy's "reflect": edges are not repeated."""
-    period = max(2 * (size - 1), 1)
-    positions = jnp.abs(positions) % period
-    return jnp.minimum(positions, period - positions)
-
-
-def _gather(images: Array, rows: Array, columns: Array) -> Array:
-    """images[b, rows[b], columns[b]], as a gather that XLA can shard along the batch."""
-    return jax.vmap(lambda image, row, column: image[row, column])(images, rows, columns)
 
 
 def _boxes(rng: Array, images: Array, heights: Array, widths: Array) -> Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import map_coordinates
 
 from imgcls import augment
@@ -15,10 +16,13 @@ STRENGTHS = {
     "flip_probability": 0.25,
     "rotate_degrees": 30.0,
     "zoom_fraction": 0.5,
+    "crop_fraction": 0.75,
     "translate_pixels": 1,
     "brightness": 0.4,
     "contrast": 0.9,
     "saturation": 0.9,
+    "rand_augment_magnitude": 9.0,
+    "erase_probability": 0.5,
     "cutout_pixels": 4,
     "mixup_alpha": 1.0,
     "cutmix_alpha": 1.0,
@@ -164,6 +168,90 @@ def test_translation_is_a_crop_of_the_reflected_image(pixels, height, width):
     )
     assert is_crop.any((0, 1)).all()
     assert is_crop.any((0, 2)).all() and is_crop.any((1, 2)).all(), "some shifts are never drawn"
+
+
+def test_a_crop_is_a_rectangle_of_the_image_enlarged():
+    height, width, fraction = 40, 60, 0.75
+    y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
+    ramps = np.stack(np.broadcast_arrays(y[:, None], x[None], 0.0), -1).astype(np.float32)
+    images = jnp.asarray(np.broadcast_to(ramps, (512, *ramps.shape)))
+    got = np.asarray(augment.crop(KEY, images, jnp.zeros((512, 1)), fraction)[0])
+    # Inside, away from the half pixel at the edges that reflects, coordinates stay linear.
+    tall = (got[:, -2, 2, 0] - got[:, 1, 2, 0]) * height / (height - 3)
+    wide = (got[:, 2, -2, 1] - got[:, 2, 1, 1]) * width / (width - 3)
+    area, ratio = tall * wide, wide / tall
+    assert 1 - fraction - 0.02 < area.min() < 0.3 and 0.95 < area.max() < 1.02
+    assert 3 / 4 - 0.05 < ratio.min() < 0.85 and 1.2 < ratio.max() < 4 / 3 + 0.05
+    assert got[:, 0, :, 0].min() >= 0 and got[:, -1, :, 0].max() <= 1
+    assert np.ptp(got[:, 1, 2, 0][area < 0.4]) > 0.3  # anywhere
+
+
+PILLOW = {
+    "brightness": lambda image, level: ImageEnhance.Brightness(image).enhance(1 + 0.9 * level),
+    "color": lambda image, level: ImageEnhance.Color(image).enhance(1 + 0.9 * level),
+    "contrast": lambda image, level: ImageEnhance.Contrast(image).enhance(1 + 0.9 * level),
+    "sharpness": lambda image, level: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * level),
+    "solarize": lambda image, level: ImageOps.solarize(image, 255 * (1 - abs(level))),
+    "posterize": lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level))),
+    "autocontrast": lambda image, level: ImageOps.autocontrast(image),
+    "equalize": lambda image, level: ImageOps.equalize(image),
+    "identity": lambda image, level: image,
+}
+
+
+@pytest.mark.parametrize("level", [-0.5, 1.0])
+def test_operations_on_colours_are_pillows(level):
+    pixels = np.random.default_rng(0).beta(2, 3, (102, 100, 3)) * [200, 255, 90] + [20, 0, 30]
+    pixels = pixels.round().astype(np.uint8)
+    which = jnp.array([augment.OPERATIONS.index(name) for name in PILLOW])
+    images = jnp.asarray(np.broadcast_to(pixels / 255, (len(PILLOW), *pixels.shape)), jnp.float32)
+    got = 255 * np.asarray(augment.operate(images, which, jnp.full(len(PILLOW), level)))
+    for name, result in zip(PILLOW, got):
+        expected = np.asarray(PILLOW[name](Image.fromarray(pixels), level), np.float32)
+        # Pillow rounds its gray, its blur and each result; equalising, it divides whole numbers.
+        close = {"equalize": 7, "contrast": 2}.get(name, 1.6)
+        assert np.abs(result - expected).max() <= close, name
+        assert name == "identity" or np.abs(result - pixels).max() > 2
+
+
+def test_operations_that_move_pixels_move_them_by_what_they_say():
+    names = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+    size, middle = 21, 10
+    y, x = (np.broadcast_to(a, (size, size)) for a in np.mgrid[:size, :size] / (size - 1))
+    images = np.broadcast_to(np.stack([y, x, 0 * x], -1), (5, size, size, 3)).astype(np.float32)
+    which = jnp.array([augment.OPERATIONS.index(name) for name in names])
+    got = np.asarray(augment.operate(jnp.asarray(images), which, jnp.full(5, 0.5)))
+    down, right = ((got[..., i] - images[..., i]) * (size - 1) for i in (0, 1))
+    # One pixel below and to the right of the centre.
+    corner = (slice(None), middle + 1, middle + 1)
+    turn = np.deg2rad(15)
+    expected_down = [np.cos(turn) + np.sin(turn) - 1, 0, 0.15, 0, 0.225 * size]
+    expected_right = [np.cos(turn) - np.sin(turn) - 1, 0.15, 0, 0.225 * size, 0]
+    np.testing.assert_allclose(down[corner], expected_down, atol=1e-4)
+    np.testing.assert_allclose(right[corner], expected_right, atol=1e-4)
+
+
+def test_rand_augment_draws_every_operation_with_either_sign():
+    images = jnp.full((2000, 3, 3, 3), 0.5)
+    got = augment.rand_augment(KEY, images, jnp.zeros((2000, 1)), 5.0, rand_augment_layers=1)[0]
+    values, counts = np.unique(np.asarray(got)[:, 1, 1, 0].round(3), return_counts=True)
+    # Of a flat gray, only brightness, solarizing and posterizing (128 to 0.502) change the value.
+    shares = {round(float(value), 3): count / 2000 for value, count in zip(values, counts)}
+    assert shares[0.275] == pytest.approx(1 / 28, abs=0.02)
+    assert shares[0.725] == pytest.approx(1 / 28, abs=0.02)
+
+
+def test_erasing_fills_a_rectangle_of_the_papers_area_with_noise():
+    images = jnp.full((400, 40, 40, 3), -1.0)
+    got = np.asarray(augment.erase(KEY, images, jnp.zeros((400, 1)), 0.5)[0])
+    erased = (got >= 0).all(-1)
+    touched = erased.any((1, 2))
+    assert touched.mean() == pytest.approx(0.5, abs=0.1)
+    for box in erased[touched]:
+        rows, columns = box.any(1), box.any(0)
+        assert box.sum() == rows.sum() * columns.sum()  # one rectangle
+    assert erased.mean((1, 2)).max() <= 0.45
+    assert np.std(got[erased]) == pytest.approx(1 / 12**0.5, abs=0.02)
 
 
 def test_brightness_adds_one_number_to_an_image():

@@ -22,6 +22,8 @@ BEFORE = json.loads((ROOT / "tests/fixtures/configs.json").read_text())
 MUON_ONLY = {"optim.adam_learning_rate"}
 MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
 ADDED = {"task.name", "task.class_weights"}
+ADDED |= {f"augment.{name}" for name in ("crop_fraction", "erase_probability")}
+ADDED |= {f"augment.rand_augment_{name}" for name in ("magnitude", "layers")}
 # It is to be run to its end on two cores.
 SHORTENED = {"cifar10_resnet18": {"train.epochs": 12, "optim.warmup_epochs": 1.0}}
 
