@@ -155,7 +155,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
                     f"the data changed since {run.workdir} was started ({key}: {saved[key]} then, "
                     f"{meta[key]} now): restore it, or use another --workdir"
                 )
-        record.check(run.workdir, splits)
+            record.check(run.workdir, splits)  # which tells more than the number of examples
         exp.keep_ops(saved["cpu_kernels"])
         bits = exp.reproducibility_facts(saved.get("bits"))
         machine.check_reproducible(saved.get("bits", {}), bits)

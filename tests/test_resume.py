@@ -78,6 +78,9 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(without_co
         with pytest.raises(UserError, match=f"2 of .* {name} pictures changed, first "):
             train_and_evaluate(config, tmp_path, splits=splits | other)
         assert not given
+    (fewer,) = experiment.open_splits(small_config(data__train="train[:199]"), "train")
+    with pytest.raises(UserError, match="1 of 200 train pictures are gone"):
+        train_and_evaluate(config, tmp_path, splits=splits | {"train": fewer})
     # How many may be unreadable does not matter where the examples are the same.
     session(tmp_path, small_config(data__skip_bad=7), until=7, splits=splits)
     assert len((tmp_path / "metrics.jsonl").read_bytes()) > len(before)

@@ -73,9 +73,9 @@ def load(
                 return decoded
         _make_room(folder, math.prod(shape))
         with files.replacing(path) as file:
-            with contextlib.suppress(OSError):  # not all file systems have locks and permissions
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # not all file systems have permissions and locks
                 os.fchmod(file.fileno(), 0o600)
+                fcntl.flock(file, fcntl.LOCK_EX)
             decoded = decode(_map_new(file, shape))
             for array in decoded[1:]:
                 npy.write_array(file, array)

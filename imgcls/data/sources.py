@@ -20,7 +20,7 @@ class Source(Protocol):
     """
 
     class_names: tuple[str, ...]  # of each label
-    fingerprint: str  # changes whenever the decoded examples may have changed; may take reading all
+    fingerprint: str  # changes whenever the decoded examples may have changed
     ids: Sequence[str] | range  # printable and unique: paths below the folder, or indices
 
     def __len__(self) -> int: ...
