@@ -209,7 +209,7 @@ def own_values(config: ConfigDict, section: str, component: Callable) -> dict[st
     }
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict | dict[str, Any]) -> None:
     """Raises UserError for the first key that is missing, unknown or out of its range."""
     flat = flatten(config)
     keys = keys_of(flat)
@@ -369,6 +369,13 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+def chosen(config: ConfigDict) -> dict[str, Any]:
+    """{key: value} in JSON types: what decides a run's results and is not at its default."""
+    keys, flat = keys_of(config), flatten(config)
+    own = {k: v for k, v in flat.items() if not keys[k].harmless and v != keys[k].default}
+    return json.loads(json.dumps(own))
+
+
 def from_json(saved: dict[str, Any]) -> ConfigDict:
     """The config of a run, completed if it is of an older version of this code; validated.
 
@@ -383,9 +390,9 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
     if gone := flat.keys() - keys.keys() - foreign:
         logging.warning("config keys that this version no longer has: %s", ", ".join(sorted(gone)))
     flat = {key: value for key, value in flat.items() if key in keys}
-    config = _nested({key: entry.default for key, entry in keys.items()} | flat)
-    validate(config)
-    return config
+    completed = {key: entry.default for key, entry in keys.items()} | flat
+    validate(completed)
+    return _nested(completed)
 
 
 def _tuples(value: Any) -> Any:

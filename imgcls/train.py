@@ -19,7 +19,7 @@ from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate
-from imgcls.evaluation.report import SAMPLES
+from imgcls.evaluation.report import SAMPLES, read_run, write_report
 from imgcls.experiment import Experiment, load_config
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
@@ -98,26 +98,24 @@ def train_and_evaluate(
     configs.validate(config)
     with StopSignal() as stop, claim(workdir):
         checkpoints = Checkpoints(workdir / "checkpoints")
-        if checkpoints.steps():
-            configs.check_resumable(load_config(workdir), config, workdir)
+        if checkpoints.steps():  # older ones are without a config
+            saved = checkpoints.read_meta().get("config")
+            began = configs.from_json(saved) if saved else load_config(workdir)
+            configs.check_resumable(began, config, workdir)
         exp = Experiment(config, task=task, splits=splits, test=test)
         run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))
         state, meta = start_or_resume(run)
-        report = workdir / "report.html"  # written last
-        if int(state.step) == exp.total_steps and (report.exists() or not test):
-            say(f"already finished, nothing to do: see {workdir / 'results.json'}")
-            return state
+        meta["config"] = configs.to_json(config)
         epochs = min(until_epoch or config.train.epochs, config.train.epochs)
         try:
-            report.unlink(missing_ok=True)  # left by a run of fewer epochs
-            write_json(workdir / "config.json", configs.to_json(config))
+            write_json(workdir / "config.json", meta["config"])
             record.keep(workdir, exp.splits, anew=not checkpoints.steps())
             state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
             if test and int(state.step) == exp.total_steps:
                 open_test(run, state, meta)
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
-                f"{workdir} cannot be written ({error.strerror}); saved checkpoints are intact: "
+                f"{workdir} cannot be used ({error.strerror}); saved checkpoints are intact: "
                 "free some space and run the same command again"
             ) from error
         checkpoints.close()
@@ -339,10 +337,13 @@ def check_finite(run: Run, window: MetricWindow) -> dict[str, float]:
 
 
 def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
-    """Evaluates on the test split, once."""
-    checkpoint = run.exp.config.eval.checkpoint
+    """Evaluates on the test split, once, and writes a report where there is none of the results."""
+    workdir, checkpoint = run.workdir, run.exp.config.eval.checkpoint
+    run.checkpoints.wait()
+    if is_finished(run, run.checkpoints.find(checkpoint)):
+        say(f"already finished, nothing to do: see {workdir / 'results.json'}")
+        return
     if checkpoint == "best":
-        run.checkpoints.wait()
         state, meta = run.checkpoints.restore("best", run.exp.state_target())
 
     def poll() -> None:
@@ -353,8 +354,27 @@ def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
     evaluate(
         Classifier(run.exp, state, meta),
         {name: split for name, split in run.exp.splits.items() if name != "train"},
-        run.workdir,
+        workdir,
         split="test",
         checkpoint=checkpoint,
         poll=poll,
     )
+
+
+def is_finished(run: Run, step: int) -> bool:
+    """Whether results.json is of this step and config, with predictions and a report.
+
+    A report that is missing or torn is written again: that is no other look at the test split.
+    """
+    config, test, page = run.exp.config, run.exp.splits["test"], run.workdir / "report.html"
+    expected = {"step": step, "epochs": config.train.epochs, "config": configs.chosen(config)}
+    try:
+        found = read_run(run.workdir)
+        # Older results are without a config.
+        same = all(found.results.get(key, value) == value for key, value in expected.items())
+        reported = page.is_file() and found.sha256.encode() in page.read_bytes()[-99:]
+        if same and not reported and is_main():
+            write_report(run.workdir, gallery_images=lambda rows: test.read(rows)["image"])
+        return same
+    except UserError:
+        return False

@@ -1,10 +1,14 @@
 """Whole runs: a stopped and resumed run is the run that was never stopped."""
 
+import errno
+import hashlib
 import json
+import shutil
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +19,11 @@ from imgcls import train
 from imgcls.augment import AUGMENTATIONS
 from imgcls.config import flatten
 from imgcls.data.sources import SOURCES
-from imgcls.errors import DivergedError, Stopped, UserError
+from imgcls.errors import CheckpointError, DivergedError, Stopped, UserError
 from imgcls.experiment import Experiment, load_config
 from imgcls.run import signals
 from imgcls.run.checkpoint import Checkpoints
-from imgcls.run.logs import MetricWindow, read_metrics
+from imgcls.run.logs import MetricWindow, read_lines, read_metrics
 from imgcls.train import train_and_evaluate
 from tests.helpers import read_events, small_config
 
@@ -150,16 +154,187 @@ def test_more_epochs_with_a_constant_schedule_equal_a_longer_run(tmp_path):
     assert json.loads((tmp_path / "longer/results.json").read_text())["epochs"] == 2
 
 
-def test_killed_before_its_report_was_written_a_run_is_evaluated_again(tmp_path):
-    config = small_config(train__epochs=1)
+@pytest.fixture
+def finished(uninterrupted, tmp_path):
+    """A copy of the finished run, to be changed; and what it holds, report and times aside."""
+    workdir = shutil.copytree(uninterrupted[1], tmp_path / "run")
+    return workdir, outcome(workdir), (workdir / "config.json").read_bytes()
+
+
+def looks(workdir):
+    return len(read_lines(workdir / "test_evaluations.jsonl"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BROKEN_REPORTS = {
+    "missing": lambda workdir: (workdir / "report.html").unlink(),
+    "empty": lambda workdir: (workdir / "report.html").write_bytes(b""),
+    "torn": lambda workdir: cut(workdir / "report.html"),
+    "of other results": lambda workdir: edit(workdir / "results.json", seconds=1.0),
+    "a link": lambda workdir: (
+        (workdir / "report.html").rename(workdir.parent / "elsewhere"),
+        cut(workdir.parent / "elsewhere"),
+        (workdir / "report.html").symlink_to(workdir.parent / "elsewhere"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_REPORTS)
+def test_a_broken_report_is_written_again_without_another_look_at_the_test_split(finished, how):
+    workdir, before, _ = finished
+    BROKEN_REPORTS[how](workdir)
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    page = (workdir / "report.html").read_bytes()
+    digest = hashlib.sha256((workdir / "results.json").read_bytes()).hexdigest()
+    assert page.startswith(b"<!doctype html>") and digest.encode() in page[-99:]
+    assert outcome(workdir) == before and looks(workdir) == 1
+
+
+BROKEN_RESULTS = {
+    "missing": lambda workdir: (workdir / "results.json").unlink(),
+    "empty": lambda workdir: (workdir / "results.json").write_bytes(b""),
+    "torn": lambda workdir: cut(workdir / "results.json"),
+    "no object": lambda workdir: (workdir / "results.json").write_text("[1]"),
+    "of an earlier step": lambda workdir: edit(workdir / "results.json", step=5),
+    "of fewer epochs": lambda workdir: edit(workdir / "results.json", epochs=1),
+    "of another config": lambda workdir: edit(workdir / "results.json", config={"seed": 1}),
+    "with a value of another type": lambda workdir: edit(workdir / "results.json", macro=[]),
+    "without predictions": lambda workdir: (workdir / "predictions.npz").unlink(),
+    "with torn predictions": lambda workdir: cut(workdir / "predictions.npz"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_RESULTS)
+def test_a_run_without_results_of_its_last_step_is_evaluated_again(finished, how):
+    workdir, before, _ = finished
+    BROKEN_RESULTS[how](workdir)
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert outcome(workdir) == before and looks(workdir) == 2
+    with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
+        assert saved["logits"].shape == (50, 10)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\0" * 99, b"[]", b"[" * 5000, b"{}"])
+def test_a_broken_config_is_made_again_and_compared_all_the_same(finished, content):
+    workdir, before, config = finished
+    path = workdir / "config.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="holds a run of another config: seed=1"):
+        train_and_evaluate(small_config(**EVERYTHING, seed=1), workdir)
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert path.read_bytes() == config and outcome(workdir) == before and looks(workdir) == 1
+
+
+def test_the_first_checkpoint_s_meta_may_be_damaged_for_the_config_to_be_compared(finished):
+    workdir, before, _ = finished
+    cut(workdir / "checkpoints/10/meta/metadata")
+    (workdir / "config.json").unlink()
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert outcome(workdir) == before and (workdir / "checkpoints/damaged-10").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "results.json", "predictions.npz", "config.json"])
+def test_a_disk_that_fills_at_the_end_is_exit_4_and_the_same_command_finishes(
+    finished, monkeypatch, name
+):
+    workdir, before, _ = finished
+    (workdir / name).unlink()
+    replace = Path.replace
+
+    def full(self, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+        patch.setattr(Path, "replace", full)
+        train_and_evaluate(small_config(**EVERYTHING), workdir)
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert outcome(workdir) == before and (workdir / name).exists()
+
+
+def test_results_that_cannot_be_read_now_are_left_alone(finished, monkeypatch):
+    workdir, before, _ = finished
+    read_bytes = Path.read_bytes
+
+    def fail(self):
+        if self.name == "results.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(self)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Input/output"):
+        patch.setattr(Path, "read_bytes", fail)
+        train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert outcome(workdir) == before and looks(workdir) == 1
+
+
+GARBAGE = [
+    b"\0" * 300,
+    b"\0\xff\xfe\n" * 3,
+    b"PK\x03\x04\n\n\r\n\x80",
+    b'[1]\n"step"\n3\nnull\n{}\n{"step": 1}\n{"step": "1", "split": "train", "epoch": 1}\n',
+    b'{"step": 2, "split": "validation", "epoch": 0.4, "loss": "low"}\n' + b"[" * 3000,
+]
+
+
+def test_garbage_among_the_rows_costs_those_lines_alone(uninterrupted, tmp_path, caplog):
+    garbage = b"\n".join(GARBAGE)
+    config = small_config(**EVERYTHING)
+    train_and_evaluate(config, tmp_path, until_epoch=1)
+    rows = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(rows[:-5] + garbage + b"\n" + rows)
+    (tmp_path / "test_evaluations.jsonl").write_bytes(garbage)
     train_and_evaluate(config, tmp_path)
-    report = tmp_path / "report.html"
-    page = report.read_bytes()
-    report.unlink()
-    (tmp_path / "results.json").write_text("{}")
+    assert "metrics.jsonl are no rows: they are left out" in caplog.text
+    rows, results = outcome(uninterrupted[1])
+    assert outcome(tmp_path) == (rows[:1] + rows, results)  # its first row stood there twice
+    assert looks(tmp_path) > 1
+    page = (tmp_path / "report.html").read_text()
+    assert f"evaluated {looks(tmp_path)} times" in page
+
+
+def test_links_in_a_workdir_lead_no_write_elsewhere(finished):
+    workdir, before, _ = finished
+    (outside := workdir.parent / "outside").mkdir()
+    cut(workdir / "checkpoints/10/state/manifest.ocdbt")  # so that it trains on
+    for path in (path for path in workdir.iterdir() if path.is_file()):
+        path.rename(outside / path.name)
+        path.symlink_to(outside / path.name)
+    contents = {path: path.read_bytes() for path in outside.iterdir()}
+    for name, error in ((".lock", UserError), ("test_evaluations.jsonl", CheckpointError)):
+        with pytest.raises(error, match="Too many levels of symbolic links"):
+            (workdir / "results.json").unlink(missing_ok=True)
+            train_and_evaluate(small_config(**EVERYTHING), workdir)
+        (workdir / name).unlink()
+    train_and_evaluate(small_config(**EVERYTHING), workdir)
+    assert {path: path.read_bytes() for path in outside.iterdir()} == contents
+    assert outcome(workdir) == before
+    assert not any((workdir / name).is_symlink() for name in ("report.html", "metrics.jsonl"))
+
+
+def test_where_the_best_checkpoint_is_damaged_the_results_and_the_report_say_so(tmp_path, capsys):
+    config = small_config(eval__checkpoint="best", train__epochs=3)
     train_and_evaluate(config, tmp_path)
-    assert len(report.read_bytes()) > len(page) / 2
-    assert outcome(tmp_path)[1]["epochs"] == 1
+    Checkpoints(tmp_path / "checkpoints").record(10, {"top1": 1.0})
+    cut(tmp_path / "checkpoints/10/state/manifest.ocdbt")
+    (tmp_path / "results.json").unlink()
+    train_and_evaluate(config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["step"], results["in_place_of"]) == (15, 10)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert 'of step <bdi class="name">10</bdi>, is damaged or gone' in page
+    capsys.readouterr()
+    train_and_evaluate(config, tmp_path)
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_evaluated_when_asked_for(tmp_path):

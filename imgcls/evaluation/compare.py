@@ -199,14 +199,15 @@ def _say_groups(a: list[str], b: list[str]) -> None:
 
 
 def main(workdirs: list[str]) -> None:
-    if "-" in workdirs:  # a "--" was typed
-        if not flags.FLAGS["output"].using_default_value:
-            raise UserError("--output: the comparison of groups has no page, leave it out")
-        middle = workdirs.index("-")
-        return _say_groups(workdirs[:middle], workdirs[middle + 1 :])
-    comparison = compare(workdirs)
-    say(as_text(comparison))
-    runs = comparison["runs"]
-    plot = figures.figure(figures.intervals, runs, size=(512, 56 + 32 * len(runs)))
-    path = report.write_page(Path(flags.FLAGS.output), "compare.html.j2", plot=plot, **comparison)
-    say(f"\n{path}")
+    with report.shown(workdirs):
+        if "-" in workdirs:  # a "--" was typed
+            if not flags.FLAGS["output"].using_default_value:
+                raise UserError("--output: the comparison of groups has no page, leave it out")
+            middle = workdirs.index("-")
+            return _say_groups(workdirs[:middle], workdirs[middle + 1 :])
+        comparison = compare(workdirs)
+        say(as_text(comparison))
+        runs, path = comparison["runs"], Path(flags.FLAGS.output)
+        plot = figures.figure(figures.intervals, runs, size=(512, 56 + 32 * len(runs)))
+        report.write_page(path, "compare.html.j2", plot=plot, **comparison)
+        say(f"\n{path}")

@@ -8,6 +8,7 @@ names, results_<split>_<checkpoint>.json for any other, and predictions*.npz bes
 the logits of several views of each image are averaged too: a second figure beside the plain one.
 """
 
+import contextlib
 import datetime
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from imgcls import config as configs
 from imgcls import experiment
 from imgcls.data import record
 from imgcls.data.splits import Split
@@ -27,7 +29,7 @@ from imgcls.inference.classifier import Classifier, load
 from imgcls.parallel import is_main
 from imgcls.run import cli, files, machine
 from imgcls.run.logs import say
-from imgcls.run.workdir import write_json
+from imgcls.run.workdir import claim, write_json
 from imgcls.state import count_parameters
 
 
@@ -80,6 +82,8 @@ def evaluate(
         "split": examples.name,
         "checkpoint": checkpoint,
         "step": step,
+        **{key: meta[key] for key in ("in_place_of",) if key in meta},  # a damaged checkpoint
+        "config": configs.chosen(config),
         "epochs": config.train.epochs,
         "seed": config.seed,
         "seconds": round(meta["seconds"], 1),
@@ -142,14 +146,18 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     workdir, split, checkpoint = cli.required_workdir(), flags.FLAGS.split, flags.FLAGS.checkpoint
-    classifier = load(workdir, checkpoint, calibrated=False)
-    config = classifier.config
-    if not config.data[split]:
-        raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
-    names = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
-    splits = dict(zip(names, experiment.open_splits(config, *names)))
-    goes_by = {"split": split, "checkpoint": checkpoint or config.eval.checkpoint}
-    try:
-        evaluate(classifier, splits, workdir, **goes_by, tta=flags.FLAGS.tta or "")
-    except OSError as error:
-        raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
+    named = experiment.load_config(workdir).eval.checkpoint
+    official = split == "test" and checkpoint in ("", named)
+    otherwise = "name a --split or --checkpoint whose results have a file of their own"
+    with claim(workdir, otherwise) if official else contextlib.nullcontext():
+        classifier = load(workdir, checkpoint, calibrated=False)
+        config = classifier.config
+        if not config.data[split]:
+            raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
+        names = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
+        splits = dict(zip(names, experiment.open_splits(config, *names)))
+        goes_by = {"split": split, "checkpoint": checkpoint or named}
+        try:
+            evaluate(classifier, splits, workdir, **goes_by, tta=flags.FLAGS.tta or "")
+        except OSError as error:
+            raise UserError(f"{workdir} cannot be written: {error.strerror}") from error

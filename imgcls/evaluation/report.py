@@ -8,10 +8,11 @@ Content-Security-Policy admits only the style and the script whose hashes it sta
 
 import base64
 import contextlib
+import errno
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,15 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
+from imgcls.config import flatten
 from imgcls.data import record
-from imgcls.errors import UserError
+from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.evaluation import figures, scores
 from imgcls.evaluation.figures import figure
 from imgcls.experiment import define_harmless, load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.files import write_bytes
-from imgcls.run.workdir import read_json
+from imgcls.run.workdir import claim, read_json
 
 SAMPLES = "augmented.npy"  # uint8[n, H, W, C], which training leaves in the workdir
 GALLERY = 24  # images in each of the two galleries
@@ -45,31 +47,50 @@ class Run(NamedTuple):
     logits: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    sha256: str  # of results.json
 
 
 def read_run(workdir: str | Path) -> Run:
     """Reads results.json, predictions.npz and config.json.
 
-    Raises UserError where a file is missing or broken, or two do not fit together.
+    Raises UserError where a file is missing or broken, or two do not fit together; CheckpointError
+    where the system cannot read one now.
     """
     workdir = Path(workdir)
     config = read_json(workdir / "config.json")
     path, remedy = workdir / "results.json", f"python -m imgcls evaluate --workdir={workdir}"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        results = json.loads(content)
         shape = (results["examples"], len(results["class_names"]))
         path = workdir / "predictions.npz"
         with np.load(path, allow_pickle=False) as saved:
             logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
         if not (logits.shape == shape and labels.shape[:1] == ids.shape == shape[:1]):
             raise ValueError("its shapes are not those of results.json")
+        if "per_class" in results:
+            scores.checked(logits, labels)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: write it with {remedy}") from error
     # A cut or corrupt npz raises BadZipFile or zlib.error, which are plain Exceptions.
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is broken ({reason}): renew it with {remedy}") from error
-    return Run(workdir, results, config, logits, labels, ids)
+        whole = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        told = f"{'cannot be read' if whole else 'is broken'} ({' '.join(str(error).split())})"
+        kind = CheckpointError if whole else UserError
+        raise kind(f"{path} {told}: renew it with {remedy}") from error
+    return Run(workdir, results, config, logits, labels, ids, hashlib.sha256(content).hexdigest())
+
+
+@contextlib.contextmanager
+def shown(workdirs: Sequence[str | Path]) -> Iterator[None]:
+    """A UserError tells of values in results.json that no evaluation wrote: few are checked."""
+    try:
+        yield
+    except (TypeError, LookupError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
+        raise UserError(
+            f"results.json of {' or '.join(map(str, workdirs))} holds what no evaluation wrote "
+            f"({first_line(error)}): renew it with python -m imgcls evaluate"
+        ) from error
 
 
 def write_report(
@@ -80,22 +101,25 @@ def write_report(
     Shows metrics.jsonl, test_evaluations.jsonl and SAMPLES where there are any. `gallery_images`
     maps positions int[n] of evaluated examples to their images uint8[n, H, W, C].
 
-    Raises UserError where a file is missing or broken, or the page cannot be written.
+    Raises UserError where a file is missing or broken, and what `write_page` raises.
     """
     run, samples = read_run(workdir), []
-    with contextlib.suppress(OSError, ValueError, EOFError):  # there are none, or not whole
-        samples = np.load(run.workdir / SAMPLES, allow_pickle=False)
-    return write_page(
-        run.workdir / "report.html",
-        "report.html.j2",
-        run=run,
-        results=run.results,
-        names=run.results["class_names"],
-        test_evaluations=logs.read_metrics(run.workdir / "test_evaluations.jsonl"),
-        curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
-        samples=[image_uri(image) for image in samples],
-        **(_of_classes(run, gallery_images) if "per_class" in run.results else {}),
-    )
+    with contextlib.suppress(Exception):  # there are none, or whatever a broken file raises
+        images = np.load(run.workdir / SAMPLES, mmap_mode="r", allow_pickle=False)
+        samples = [image_uri(image) for image in images]
+    with shown([workdir]):
+        return write_page(
+            run.workdir / "report.html",
+            "report.html.j2",
+            run=run,
+            results=run.results,
+            names=run.results["class_names"],
+            model=flatten(run.config).get("model.name", "model"),
+            test_evaluations=logs.read_lines(run.workdir / "test_evaluations.jsonl"),
+            curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
+            samples=samples,
+            **(_of_classes(run, gallery_images) if "per_class" in run.results else {}),
+        )
 
 
 def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) ->
 def write_page(path: Path, template: str, **context: Any) -> Path:
     """Writes a page from a template that extends base.html.j2; every value is escaped.
 
-    Raises UserError where the file system refuses.
+    Raises CheckpointError where the disk is full or fails, UserError where it refuses otherwise.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.loader = jinja2.PackageLoader("imgcls.evaluation")  # its templates
@@ -144,7 +168,9 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
         # A file name that is not UTF-8 comes with lone surrogates, which UTF-8 cannot write.
         write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        kind = CheckpointError if full else UserError
+        raise kind(f"cannot write {path}: {error.strerror}; run the same command again") from error
     return path
 
 
@@ -213,13 +239,15 @@ define_flags = define_harmless
 
 def main(_: list[str]) -> None:
     workdir = cli.required_workdir()
-    run = read_run(workdir)  # what is missing is said before the data is loaded
-    (examples,) = open_splits(load_config(workdir), "test")
-    record.check(workdir, {"test": examples})
-    if run.ids.tolist() != list(examples.ids):
-        raise UserError(
-            f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore the "
-            f"data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
-        )
-    path = write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
+    config = load_config(workdir)
+    with claim(workdir):
+        run = read_run(workdir)  # what is missing is said before the data is loaded
+        (examples,) = open_splits(config, "test")
+        record.check(workdir, {"test": examples})
+        if run.ids.tolist() != list(examples.ids):
+            raise UserError(
+                f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore "
+                f"the data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
+            )
+        path = write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     logs.say(f"wrote {path}")

@@ -64,7 +64,7 @@ def evaluate_logits(
         DivergedError: a logit is not finite.
         ValueError: shapes do not fit, or a label is out of range.
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked(logits, labels)
     if len(class_names) != logits.shape[1]:
         raise ValueError(f"{logits.shape[1]} logits an example, but {len(class_names)} class names")
     truth = np.take_along_axis(logits, labels[:, None], axis=1)
@@ -105,7 +105,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked(logits, labels)
     nll = lambda log_t: _nll(logits * np.exp(-log_t), labels) + log_t**2 / (2 * len(labels))
     result = minimize_scalar(nll, bounds=np.log(TEMPERATURE_BOUNDS), method="bounded")
     return float(np.exp(result.x))
@@ -131,7 +131,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray) -> list[dict]:
     return bins
 
 
-def _checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
         shapes = f"{logits.shape} and {labels.shape}"

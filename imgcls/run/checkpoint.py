@@ -2,7 +2,8 @@
 
 The only module that knows orbax. A checkpoint is a directory `<step>/` with the arrays and `meta`,
 a JSON object that has the SHA-256 of every array, too. Validation scores are in `validation.json`,
-because a step may be validated after it was saved.
+because a step may be validated after it was saved. The first checkpoint of a run is read back
+before it is committed, so that a place where nothing can be read is noticed at once.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.parallel import is_main
+from imgcls.run.logs import figures_of, read_metrics
 from imgcls.run.workdir import write_json
 
 
@@ -40,17 +43,23 @@ class Checkpoints:
         self._scores_path = self._directory / "validation.json"
         self._writes = not read_only and is_main()
         self._damaged: set[int] = set()
-        if misread := re.search(r"[\\*?[\ud800-\udfff]|gs:/", str(self._directory)):
-            why = f"orbax misreads {misread[0]!r} in a path: use another --workdir"
-            raise UserError(f"{str(directory)!r} cannot hold checkpoints, because {why}")
+        self._to_read_back: int | None = None
+        misread = re.search(r"[\\*?[\ud800-\udfff]|gs:/", str(self._directory))
+        if misread or (self._writes and directory.is_symlink()):
+            why = f"orbax misreads {misread[0]!r} in a path" if misread else "it is a link"
+            told = f"{str(directory)!r} cannot hold checkpoints, because {why}"
+            raise UserError(f"{told}: use another --workdir")
         # Created in the background, a directory that cannot be made would hang the exit.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.AsyncOptions(
+            create_directories_asynchronously=False, post_finalization_callback=self._read_back
+        )
         self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         with self._guarded("opening"):
             if self._writes:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*/"):
-                    shutil.rmtree(unfinished)  # what a kill left of a save
+                for unfinished in self._directory.glob("[0-9]*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill left of a save
+                    unfinished.unlink(missing_ok=True)  # or a stray file of such a name
             self._scores = self._read_scores()
         if not read_only and self._has_set_aside():
             self.find("latest")  # or the error that there is none
@@ -63,7 +72,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps saved, oldest first; not every one need be good."""
         paths = self._directory.iterdir() if self._directory.exists() else ()
-        names = [path.name for path in paths if path.is_dir()]
+        names = [path.name for path in paths if path.is_dir() and not path.is_symlink()]
         return sorted({int(n) for n in names if re.fullmatch("0|[1-9][0-9]*", n)} - self._damaged)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -84,6 +93,7 @@ class Checkpoints:
         arguments = {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
         with self._guarded("saving"):
             self._damaged.discard(step)
+            self._to_read_back = None if self.steps() else step
             self._saver.save(self._path(step), args=ocp.args.Composite(**arguments))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
@@ -95,7 +105,7 @@ class Checkpoints:
         with self._guarded("saving"):
             self._saver.wait_until_finished()
             steps = self.steps() if self._writes else []
-            for step in set(steps) - {*steps[-2:], self._best()}:
+            for step in set(steps) - {*steps[-2:], self._best(steps)}:
                 # Renamed first, so that a kill leaves no half of a checkpoint.
                 unwanted = self._path(step).with_suffix(".orbax-checkpoint-tmp-unwanted")
                 shutil.rmtree(self._path(step).rename(unwanted))
@@ -107,6 +117,7 @@ class Checkpoints:
     def restore_latest(self, target: Any) -> tuple[Any, dict[str, Any]]:
         """Restores "latest", and drops the scores of later steps, because those come again."""
         state, meta = self.restore("latest", target)
+        meta.pop("in_place_of", None)  # its steps come again
         if validated := meta.pop("validated_step", 0):  # older runs have it here
             self._scores.setdefault(validated, {})
         latest = self.find("latest")
@@ -117,17 +128,29 @@ class Checkpoints:
     def restore(self, which: str, target: Any) -> tuple[Any, dict[str, Any]]:
         """The checkpoint `which`: the state, and the `meta` that was saved with it.
 
-        In the place of a damaged "latest" or "best" the next one is used, with a warning, and the
-        damaged one is renamed, unless `read_only`.
+        In the place of a damaged "latest" or "best" the next one is used, with a warning, and
+        `meta["in_place_of"]` is the step of the one wanted. The damaged one is renamed, unless
+        `read_only`.
 
         Args:
             which: "latest", "best" or a step.
             target: a pytree of `jax.ShapeDtypeStruct`s that say where each array shall live.
         """
+        state, meta = self._first_good(which, partial(self._read, target=target))
+        every = {*self.steps(), *self._damaged}
+        wanted = {"latest": max(every), "best": self._best(self._scores)}.get(which)
+        used = self.find(which)
+        return state, meta | ({} if wanted in (None, used) else {"in_place_of": wanted})
+
+    def read_meta(self, which: str = "latest") -> dict[str, Any]:
+        """The `meta` that was saved with a checkpoint; of damaged ones as `restore`."""
+        return self._first_good(which, lambda step: _read_meta(self._path(step)))
+
+    def _first_good(self, which: str, read: Callable[[int], Any]) -> Any:
         while True:
             step = self.find(which)
             try:
-                return self._read(step, target)
+                return read(step)
             except _Damaged as damage:
                 if which not in ("latest", "best"):
                     message = f"{damage}; choose another of {self.steps()}"
@@ -136,20 +159,11 @@ class Checkpoints:
                 logging.warning("%s; %s", damage, done)
                 self._damaged.add(step)
                 if self._writes:
-                    aside = self._directory / f"damaged-{step}"
-                    shutil.rmtree(aside, ignore_errors=True)  # an earlier one
-                    self._path(step).rename(aside)
-
-    def read_meta(self, which: str = "latest") -> dict[str, Any]:
-        """The `meta` that was saved with a checkpoint, without the fallback of `restore`."""
-        path = self._path(self.find(which))
-        try:
-            meta = json.loads((path / "meta/metadata").read_bytes())
-            if meta.pop("sha256", None) not in (None, _hash_json(meta)):  # older runs have none
-                raise ValueError("its meta is not what was saved")
-            return meta
-        except Exception as error:
-            raise _blame(path, error) from error
+                    with self._guarded("renaming"):
+                        aside = self._directory / f"damaged-{step}"
+                        shutil.rmtree(aside, ignore_errors=True)  # an earlier one
+                        aside.unlink(missing_ok=True)
+                        self._path(step).rename(aside)
 
     def find(self, which: str) -> int:
         """The step of "latest", "best" or a step's number."""
@@ -161,15 +175,16 @@ class Checkpoints:
             )
         if not steps:
             raise CheckpointError(f"{self._directory} holds no checkpoint: train first")
-        named = {str(step): step for step in steps} | {"latest": steps[-1], "best": self._best()}
+        named: dict[str, int | None] = {"latest": steps[-1], "best": self._best(steps)}
+        named |= {str(step): step for step in steps}
         if which not in named:
             raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
         if (step := named[which]) is None:
             raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
         return step
 
-    def _best(self) -> int | None:
-        scored = [(self._scores[step], step) for step in self.steps() if self._scores.get(step)]
+    def _best(self, steps: Iterable[int]) -> int | None:
+        scored = [(self._scores[step], step) for step in steps if self._scores.get(step)]
         ranks = [(s.get("top1", -s.get("loss", math.inf)), step) for s, step in scored]
         return max(ranks, default=(0, None))[1]
 
@@ -177,17 +192,7 @@ class Checkpoints:
         """A checkpoint is good for all processes or for none, so that they go on with the same."""
         path, wanted, failed = self._path(step), _named_leaves(target), (0, "")
         try:
-            meta = self.read_meta(str(step))
-            saved = meta.pop("leaves")
-            _check_same(path, saved, wanted)
-            # Orbax's checkpointer would wait for processes that failed; its handler does not.
-            args = ocp.args.StandardRestore(wanted)
-            leaves = ocp.StandardCheckpointHandler().restore(path / "state", args=args)
-            for name, leaf in leaves.items():
-                digests = saved[name]["sha256"]
-                digests = {"[]": digests} if isinstance(digests, str) else digests  # older runs
-                if any(digests.get(r, h) != h for r, h in _hashes(leaf, digests).items()):
-                    raise ValueError(f"the bytes of {name} are not those saved")
+            leaves, meta = _load(path, wanted)
         except Exception as error:
             failure = _blame(path, error)
             failed = (1 if isinstance(failure, _Damaged) else 2, str(failure))
@@ -196,19 +201,27 @@ class Checkpoints:
             raise (_Damaged if worst == 1 else CheckpointError)(text)
         return jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in wanted]), meta
 
-    def _read_scores(self) -> dict[int, dict[str, float]]:
-        def read(path: Path) -> dict[str, Any]:
-            return json.loads(path.read_bytes()) if path.exists() else {}
+    def _read_back(self) -> None:
+        """Called by orbax in process 0, in the thread that saves, before the save is committed."""
+        if self._to_read_back is not None:
+            try:
+                _load(
+                    self._path(self._to_read_back).with_suffix(".orbax-checkpoint-tmp"), wanted={}
+                )
+            except Exception as error:
+                raise RuntimeError(f"what was saved cannot be read: {first_line(error)}") from error
 
+    def _read_scores(self) -> dict[int, dict[str, float]]:
         try:
-            # An older run has each score in its checkpoint.
-            older = {step: read(self._path(step) / "metrics/metrics") for step in self.steps()}
-            scores = {step: metrics for step, metrics in older.items() if metrics}
-            scores |= {int(step): metrics for step, metrics in read(self._scores_path).items()}
-            return {step: _finite(metrics) for step, metrics in scores.items()}
+            saved = json.loads(self._scores_path.read_bytes())
+            return {int(step): _finite(metrics) for step, metrics in saved.items()}
+        except FileNotFoundError:  # as in older runs
+            pass
         except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            logging.warning("%s is damaged: no step counts as validated", self._scores_path)
-            return {}
+            logging.warning("%s is damaged: the scores are those logged", self._scores_path)
+        rows = read_metrics(self._directory.with_name("metrics.jsonl")) if self.steps() else []
+        rows = [row for row in rows if row["split"] == "validation"]
+        return {row["step"]: _finite({key: row[key] for key in figures_of(row)}) for row in rows}
 
     def _write_scores(self, scores: dict[int, dict[str, float]]) -> None:
         self._scores = scores
@@ -251,8 +264,36 @@ def _blame(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(f"{path} could not be read ({why}) and {left}")
 
 
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta/metadata").read_bytes())
+        if meta.pop("sha256", None) not in (None, _hash_json(meta)):  # older runs have none
+            raise ValueError("its meta is not what was saved")
+        return meta
+    except Exception as error:
+        raise _blame(path, error) from error
+
+
+def _load(path: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of a checkpoint and its meta, verified. As numpy's if none are `wanted`."""
+    meta = _read_meta(path)
+    saved = meta.pop("leaves")
+    empty = lambda leaf: np.broadcast_to(np.zeros((), leaf["dtype"]), leaf["shape"])
+    wanted = wanted or {name: empty(leaf) for name, leaf in saved.items()}
+    _check_same(path, saved, wanted)
+    # Orbax's checkpointer would wait for processes that failed; its handler does not.
+    args = ocp.args.StandardRestore(wanted)
+    leaves = ocp.StandardCheckpointHandler().restore(path / "state", args=args)
+    for name, leaf in leaves.items():
+        digests = saved[name]["sha256"]
+        digests = {"[]": digests} if isinstance(digests, str) else digests  # older runs
+        if any(digests.get(r, h) != h for r, h in _hashes(leaf, digests).items()):
+            raise ValueError(f"the bytes of {name} are not those saved")
+    return leaves, meta
+
+
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

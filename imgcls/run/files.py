@@ -88,17 +88,17 @@ def lock(
         descriptor = _open_no_link(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(refused(str(error.strerror))) from None
-    with open(descriptor, "r+", encoding="ascii") as file:
+    with open(descriptor, "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy(file.read().strip())
+            busy(file.read(20).decode(errors="replace").strip())
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # some network file systems have no locks
             logging.warning("%s cannot be locked here: use %s once at a time", path, path.parent)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
         yield
 
 

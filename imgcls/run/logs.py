@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -172,7 +174,8 @@ class MetricWriter:
         kept = [row for row in rows if row["step"] <= last.get(row["split"], start_step)]
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._summary, self._event = summary, Event
-        self._events, self._flushed = EventsWriter(str(workdir / "events")), time.monotonic()
+        prefix, suffix = str(workdir / "events"), f".{secrets.token_hex(8)}"  # no link has the name
+        self._events, self._flushed = EventsWriter(prefix, suffix), time.monotonic()
         # TensorBoard forgets what earlier files say of this step and later.
         self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -212,9 +215,25 @@ def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; none where there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
-            rows.append(json.loads(line))
-    return rows
+    """The rows of a metrics.jsonl."""
+    return [row for row in read_lines(path, _is_row) if row]
+
+
+def read_lines(path: Path, accepts: Callable[[dict[str, Any]], Any] = bool) -> list[dict[str, Any]]:
+    """A JSON object per line; {} for one that is none, or not accepted. No file has no lines."""
+    objects: list[dict[str, Any]] = []
+    for line in filter(bytes.strip, path.read_bytes().split(b"\n") if path.exists() else ()):
+        value = None
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+        objects.append(value if isinstance(value, dict) and accepts(value) else {})
+    if not all(objects[:-1]):  # the last may have been torn by a kill
+        logging.warning("lines of %s are broken, and count for nothing but a line", path)
+    return objects
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    number = lambda value: type(value) in (int, float) and abs(value) < 1e15
+    right_type = isinstance(row.get("split"), str) and type(row.get("step")) is int
+    others = [value for key, value in row.items() if key != "split" and value is not None]
+    return right_type and number(row.get("epoch")) and all(map(number, others))

@@ -1,6 +1,7 @@
 """The directory of a run: claimed by one process, its JSON files replaced whole."""
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,18 @@ from imgcls.run.files import lock, write_bytes
 
 
 @contextlib.contextmanager
-def claim(workdir: Path) -> Iterator[None]:
+def claim(workdir: Path, otherwise: str = "use another --workdir") -> Iterator[None]:
     """Creates the directory and holds its lock, in process 0 for all processes of a run.
 
     Raises:
-        UserError: it is a file, cannot be written, or is in use by another process.
+        UserError: it is a file, cannot be written, or is in use by another process; the last of
+            its remedies is `otherwise`.
     """
 
     def busy(process: str) -> None:
         raise UserError(
-            f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or use "
-            "another --workdir"
+            f"--workdir={workdir} is in use by process {process}: wait for it, stop it, or "
+            f"{otherwise}"
         )
 
     refused = lambda why: (
@@ -35,17 +37,21 @@ def claim(workdir: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a JSON file whole, see `files.replacing`. Process 0 writes for all."""
-    if is_main():
-        write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Replaces a JSON file whole, unless it is right already. Process 0 writes for all."""
+    content = (json.dumps(value, indent=1) + "\n").encode()
+    if is_main() and not (path.is_file() and path.read_bytes() == content):
+        write_bytes(path, content)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Values too deep for those who follow them are too deep for `deepcopy`.
+        if isinstance(value := copy.deepcopy(json.loads(path.read_bytes())), dict):
+            return value
+        raise ValueError("it is no JSON object")
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: --workdir must be the directory of a run"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or train again") from None

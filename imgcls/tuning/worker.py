@@ -19,7 +19,7 @@ from typing import NamedTuple
 import imgcls.train
 from imgcls.errors import CheckpointError, ImgclsError, Stopped, UserError, out_of_memory
 from imgcls.run import files, machine, signals
-from imgcls.run.logs import complain, read_metrics
+from imgcls.run.logs import complain, read_lines
 from imgcls.run.workdir import write_json
 from imgcls.tuning.plan import Job, Sweep
 
@@ -157,7 +157,7 @@ def check(sweep: Sweep, ended: AtWork) -> None:
     if (code := ended.child.code) < 0:
         deaths = sweep.folder(ended.job.run) / "deaths.jsonl"
         files.append_line(deaths, json.dumps({"signal": -code}))
-        if len(read_metrics(deaths)) >= DEATHS:
+        if len(read_lines(deaths)) >= DEATHS:
             why = f"its process was ended {DEATHS} times by signal {-code} (out of memory?)"
             fail(sweep, ended.job, code, why)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from imgcls.evaluation import report
 from imgcls.experiment import load_config, open_splits
 from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
-from imgcls.run.workdir import write_json
+from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
 from tests.helpers import ROOT, as_users, small_config
 
@@ -26,6 +27,11 @@ def evaluate(workdir, *arguments):
     command = [sys.executable, "-m", "imgcls", "evaluate", f"--workdir={workdir}", *arguments]
     options = {"capture_output": True, "text": True, "timeout": 300, "env": as_users()}
     return subprocess.run(command, cwd=ROOT, **options)
+
+
+def run_report(workdir):
+    command = [sys.executable, "-m", "imgcls", "report", f"--workdir={workdir}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +94,23 @@ def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished
     )
     assert after["evaluated_by"] == elsewhere
     assert all(after[key] == before[key] for key in elsewhere)
+
+
+def test_official_results_are_not_written_beside_a_run_at_work(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with claim(workdir):
+        refused = [evaluate(workdir), run_report(workdir)]
+        other = evaluate(workdir, "--checkpoint=20")
+    for result in refused:
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert f"is in use by process {os.getpid()}" in result.stderr
+    assert "name a --split or --checkpoint whose results have a file of their own" in (
+        refused[0].stderr
+    )
+    assert other.returncode == 0 and (workdir / "results_test_20.json").exists()
+    official = {path for path in before if path.name not in (".lock", "test_evaluations.jsonl")}
+    assert all(path.read_bytes() == before[path] for path in official)
 
 
 def test_mistakes_are_refused_in_one_line(finished, tmp_path):
@@ -159,8 +182,7 @@ def test_a_report_of_other_examples_is_refused(finished, tmp_path):
     with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
         arrays = dict(saved)
     np.savez(workdir / "predictions.npz", **arrays | {"ids": arrays["ids"][::-1]})
-    command = [sys.executable, "-m", "imgcls", "report", f"--workdir={workdir}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = run_report(workdir)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "the test examples are no longer those of" in result.stderr
 

@@ -1,14 +1,17 @@
 """What was saved is what is restored, or the user is told; never something else."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -142,19 +145,31 @@ def test_scores_that_cannot_be_read_count_as_none_with_a_warning(tmp_path, garba
     assert Checkpoints(tmp_path).find("best") == 2
 
 
+def test_scores_that_cannot_be_read_are_those_that_were_logged(tmp_path):
+    checkpoints = saved(tmp_path / "checkpoints", [0.5, 0.4])
+    rows = [
+        {"step": s, "epoch": s, "split": split, "loss": None, "top1": t, "seconds": 3.0}
+        for s, split, t in [(1, "validation", 0.5), (2, "train", 1.0), (2, "validation", 0.4)]
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "checkpoints/validation.json").write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert (checkpoints.find("best"), checkpoints.validated_step) == (1, 2)
+
+
 def test_the_checkpoints_of_an_older_run_are_used(tmp_path):
+    row = {"step": 1, "epoch": 1.0, "split": "validation", "top1": 0.5, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    tmp_path /= "checkpoints"
     saved(tmp_path, [0.5, 0.4], validated_step=1)
     (tmp_path / "validation.json").unlink()
-    for step, top1 in ((1, "0.5"), (2, "0.4")):
-        (tmp_path / f"{step}/metrics").mkdir()
-        (tmp_path / f"{step}/metrics/metrics").write_text(f'{{"top1": {top1}}}')
+    for step in (1, 2):
         path = tmp_path / f"{step}/meta/metadata"
         meta = json.loads(path.read_text())
         del meta["sha256"]
         for leaf in meta["leaves"].values():
             leaf["sha256"] = leaf["sha256"]["[]"]
         path.write_text(json.dumps(meta))
-    (tmp_path / "2/metrics/metrics").unlink()
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.find("best") == 1
     assert checkpoints.restore_latest(target())[1] == {}
@@ -206,8 +221,49 @@ def test_where_the_best_is_damaged_the_best_of_the_others_is_used(tmp_path, capl
     assert checkpoints.restore("best", target())[0]["step"] == 2
     assert (tmp_path / "damaged-1").is_dir()
     damage(tmp_path / "2", cut, "meta")
-    with pytest.raises(CheckpointError, match="/2 is damaged"):
-        Checkpoints(tmp_path).read_meta("best")
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.read_meta("best") == reader.read_meta("3")
+    for checkpoints in (reader, Checkpoints(tmp_path), Checkpoints(tmp_path)):  # later ones, too
+        assert checkpoints.restore("best", target())[1] == {"in_place_of": 1}
+    assert sorted(path.name for path in tmp_path.glob("[!v]*")) == ["3", "damaged-1", "damaged-2"]
+
+
+def test_the_latest_that_was_used_in_the_place_of_a_damaged_one_says_so(tmp_path):
+    saved(tmp_path, [0.9, 0.8])
+    damage(tmp_path / "2", cut, "meta")
+    reader = Checkpoints(tmp_path, read_only=True)
+    reader.read_meta()
+    assert reader.restore("latest", target())[1] == {"in_place_of": 2}
+    assert Checkpoints(tmp_path).restore_latest(target())[1] == {}  # step 2 comes again
+
+
+HOWS = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": cut,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit": flip_a_bit,
+    "gone": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_whichever_file_of_a_checkpoint_is_damaged_a_whole_one_is_used(tmp_path, how):
+    saved(tmp_path / "before", [0.1, 0.2], note="kept").close()
+    files = [path for path in (tmp_path / "before/2").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    set_aside = 0
+    for i, path in enumerate(files):
+        directory = shutil.copytree(tmp_path / "before", tmp_path / str(i))
+        HOWS[how](directory / path.relative_to(tmp_path / "before"))
+        for checkpoints in (Checkpoints(directory, read_only=True), Checkpoints(directory)):
+            assert checkpoints.read_meta()["note"] == "kept"
+            state, meta = checkpoints.restore("latest", target())
+            assert meta["note"] == "kept" and state["step"] in (1, 2)
+            for name in ("kernel", "half"):
+                np.testing.assert_array_equal(state[name], STATE[name])
+        set_aside += (directory / "damaged-2").exists()
+    assert set_aside > 2
 
 
 @pytest.mark.parametrize("part", ["state", "meta"])
@@ -245,12 +301,17 @@ def test_an_empty_step_directory_is_set_aside(tmp_path, caplog):
 def test_unfinished_saves_are_removed_and_other_things_left_alone(tmp_path):
     saved(tmp_path).close()
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
-    others = ["6", "007", "-1", "notes", "7.5", ".DS_Store", "7.orbax-checkpoint-tmp"]
+    (tmp_path / "7.orbax-checkpoint-tmp").write_text("in the way of step 7")
+    others = ["6", "007", "-1", "notes", "7.5", ".DS_Store", "my.orbax-checkpoint-tmp"]
     for name in others:
         (tmp_path / name).write_text("a stray file")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "1/7.orbax-checkpoint-tmp").write_text("within a checkpoint")
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.steps() == [1] and not list(tmp_path.glob("*tmp*/"))
+    assert checkpoints.steps() == [1] and not list(tmp_path.glob("[0-9]*tmp*"))
+    checkpoints.save(7, STATE, {})
+    checkpoints.wait()
+    assert checkpoints.restore_latest(target())[0]["step"] == 7
     assert all((tmp_path / name).exists() for name in [*others, "folder"])
     with pytest.raises(CheckpointError, match="saving failed"):
         checkpoints.save(6, STATE, {})  # it takes no place of somebody's file
@@ -266,6 +327,51 @@ def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
     for _ in range(2):  # whenever it is started again
         with pytest.raises(CheckpointError, match="none of the checkpoints"):
             Checkpoints(tmp_path)
+
+
+def test_links_lead_no_write_elsewhere(tmp_path):
+    outside = tmp_path / "outside"
+    saved(outside, [0.5]).close()
+    before, directory = contents(outside), tmp_path / "checkpoints"
+    directory.symlink_to(outside)
+    with pytest.raises(UserError, match="it is a link: use another --workdir"):
+        Checkpoints(directory)
+    assert Checkpoints(directory, read_only=True).restore("latest", target())[0]["step"] == 1
+    directory.unlink()
+    directory.mkdir()
+    for name in ("1", "2.orbax-checkpoint-tmp", "damaged-3", "1.orbax-checkpoint-tmp-unwanted"):
+        (directory / name).symlink_to(outside / "1")
+    (directory / "damaged-3").unlink()
+    (directory / "validation.json").symlink_to(outside / "validation.json")
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.steps() == []
+    for step in range(2, 6):
+        checkpoints.save(step, STATE, {})
+        checkpoints.record(step, {"loss": 1.0 - step})
+    checkpoints.wait()
+    (directory / "damaged-5").symlink_to(outside / "1")
+    damage(directory / "5", cut)
+    checkpoints.restore_latest(target())
+    assert checkpoints.steps() == [4] and (directory / "damaged-5/meta").exists()
+    assert contents(outside) == before
+
+
+def test_the_first_checkpoint_of_a_run_is_read_back_before_it_counts(tmp_path, monkeypatch):
+    """On a file system that loses bytes, or under a name that orbax misreads."""
+    finalize = ocp.StandardCheckpointHandler.finalize
+
+    def and_lose(self, directory):
+        finalize(self, directory)
+        cut(largest_file(Path(directory)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "finalize", and_lose)
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(1, STATE, {})
+        with pytest.raises(CheckpointError, match="saving failed .what was saved cannot be read"):
+            checkpoints.save(2, STATE, {})
+        assert checkpoints.steps() == []
+    assert saved(tmp_path).steps() == [1]
 
 
 @pytest.mark.parametrize("name", ["50%2e", "図 #1", "x.orbax-checkpoint-tmp-1"])

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from imgcls.errors import UserError
 from imgcls.run.files import append_line, lock, replacing, write_bytes
+from imgcls.run.logs import read_lines
+from imgcls.run.workdir import read_json, write_json
 
 
 def free_lock(path):
@@ -77,6 +80,44 @@ def test_an_appended_line_stands_alone_whatever_a_kill_left(tmp_path):
     append_line(path, "two", sync=True)
     append_line(path, "drei ü")
     assert path.read_text(encoding="utf-8") == "one\nto\ntwo\ndrei ü\n"
+
+
+def test_a_line_that_cannot_be_read_still_counts(tmp_path):
+    path = tmp_path / "lines"
+    assert read_lines(path) == []
+    path.write_bytes(
+        b'{"a": 1}\n\n{"b"\n\0\0\n[1]\n\xff{}\n{"c": "\xff"}\n' + b'{"a":' * 5000 + b"\n{}\n"
+    )
+    assert read_lines(path) == [{"a": 1}, *[{}] * 7]
+    with path.open("ab") as file:
+        file.write(b'{"torn')
+    append_line(path, '{"d": 4}')
+    assert read_lines(path)[8:] == [{}, {"d": 4}]
+
+
+def test_json_that_is_right_already_is_not_written(tmp_path):
+    path = tmp_path / "value.json"
+    for value in ({"a": [1, 2.5]}, {"a": [1, 2.5]}, {"a": [1, 3]}):
+        before = path.stat().st_ino if path.exists() else None
+        write_json(path, value)
+        assert read_json(path) == value
+        assert (path.stat().st_ino == before) == (value == {"a": [1, 2.5]} and before is not None)
+
+
+def test_a_lock_holds_without_the_number_that_a_full_disk_does_not_take(tmp_path):
+    path = tmp_path / "lock"
+
+    def refuse(process):
+        raise TimeoutError
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with free_lock(path), pytest.raises(TimeoutError), lock(path, busy=refuse, refused=str):
+            raise AssertionError
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b""
 
 
 def test_a_lock_says_who_holds_it_and_is_free_afterwards(tmp_path):
