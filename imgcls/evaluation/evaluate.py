@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from imgcls import experiment
+from imgcls.arguments import define_harmless
 from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
@@ -136,7 +137,7 @@ VIEWS = {"flip": _mirrored, "shifts": _shifted}
 def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
     cli.define_checkpoint()
-    experiment.define_harmless()
+    define_harmless()
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
 
 
