@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from imgcls.config import check_flags, describe
+from imgcls.arguments import check_flags, describe
 from imgcls.errors import UserError, did_you_mean
 from imgcls.run import cli, processes
 

@@ -10,12 +10,10 @@ import json
 import logging
 import math
 import re
-import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from imgcls import augment, optim
@@ -131,7 +129,6 @@ KEYS = {
 }
 
 HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
-
 # What a component is given, and so is no key of a config.
 GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
 # Rules of components' own keys. The type of its default decides about any other.
@@ -280,11 +277,12 @@ def _wrong_key(key: str, flat: dict[str, Any], keys: dict[str, Key]) -> str:
             f"with {how}"
         )
     if key not in keys:
-        return f"config.{key} is not a key of this config: {_nearest(key, keys)}"
+        return f"config.{key} is not a key of this config: {nearest(key, keys)}"
     return f"config.{key} is missing: it must be {keys[key].rule.expected}"
 
 
-def _nearest(key: str, keys: Iterable[str]) -> str:
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """What to say of a key that is none of `keys`."""
     if key in RENAMED:
         return f"it is called config.{RENAMED[key]} now"
     last = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -292,55 +290,6 @@ def _nearest(key: str, keys: Iterable[str]) -> str:
     longer = [k for k in section if k.startswith(key)]
     near = did_you_mean(key, last or longer[:1] or keys, prefix="config.")
     return near or f"there are {', '.join(section or keys)}"
-
-
-def from_arguments(argv: list[str]) -> ConfigDict | None:
-    """The config that --config=FILE or --config=FILE:MODEL names, before flags set its keys.
-
-    Raises UserError where there is no such file, or where it offers no choice of a model.
-    """
-    given = [argument for argument in argv if re.match("--?config=", argument)]
-    if not given:
-        return None
-    path, _, model = given[-1].partition("=")[2].partition(":")
-    if not Path(path).is_file():
-        there = [str(file) for file in Path(path).parent.glob("*.py")]
-        near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
-        raise UserError(f"--config={path} does not exist: {near}")
-    try:
-        return runpy.run_path(path)["get_config"](*([model] if model else []))
-    except TypeError as error:
-        if model and "positional argument" in str(error):
-            raise UserError(f"{path} offers no choice of a model: leave :{model} away") from None
-        raise
-
-
-def check_flags(argv: list[str]) -> None:
-    """Raises UserError for a flag that does not exist, where a key of the config is near."""
-    config = from_arguments(argv)
-    keys = {} if config is None else flatten(config)
-    for argument in argv if keys else []:
-        name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("--") or name in flags.FLAGS:
-            continue
-        if name.startswith("config."):
-            key = name.removeprefix("config.")
-            if key not in keys:
-                raise UserError(f"{name} is not a key of this config: {_nearest(key, keys)}")
-        elif found := [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]:
-            near = did_you_mean(name, found, prefix="--config.")
-            raise UserError(f"there is no flag --{name}: {near}")
-
-
-def describe(argv: list[str]) -> str:
-    """For --help: a line per key of the config that is named, with its value and its meaning."""
-    config = from_arguments(argv)
-    if config is None:
-        return "With --config=FILE, --help lists every key of that config."
-    flat = flatten(config)
-    lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in keys_of(flat).items()]
-    width = min(48, max(len(flag) for flag, _ in lines))
-    return "\n".join(f"{flag:{width}}  {meaning}".rstrip() for flag, meaning in lines)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from ml_collections import ConfigDict
 
 from imgcls import cpu
+from imgcls.arguments import harmless
 from imgcls.augment import Augment, compose, resized
-from imgcls.config import HARMLESS, KEYS, from_json, own_values, validate
+from imgcls.config import from_json, own_values, validate
 from imgcls.data.order import TrainOrder, eval_order
 from imgcls.data.sources import open_sources
 from imgcls.data.splits import Split, check_disjoint, load_splits
@@ -312,21 +312,12 @@ def _refuse_constants(call: Callable, arguments: Any, keywords: Any, context: An
 def load_config(workdir: Path) -> ConfigDict:
     """The config of a run, from its config.json: never Python from a workdir.
 
-    The flags of `define_harmless` replace values.
+    The flags of `arguments.define_harmless` replace values.
     """
     config = from_json(read_json(workdir / "config.json"))
-    names = {f"config.{key}": key for key in HARMLESS}
-    given = {names[name]: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
-    config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
+    config.update_from_flattened_dict(harmless())
     validate(config)
     return config
-
-
-def define_harmless() -> None:
-    """Flags --config.KEY of what changes no result, for commands that use a trained run."""
-    for key in HARMLESS:
-        define = flags.DEFINE_integer if KEYS[key].rule.kind is int else flags.DEFINE_string
-        define(f"config.{key}", None, KEYS[key].meaning)
 
 
 def open_splits(config: ConfigDict, *names: str) -> list[Split]:

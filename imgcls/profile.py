@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imgcls.experiment import Experiment, define_harmless, load_config
+from imgcls.arguments import define_harmless
+from imgcls.experiment import Experiment, load_config
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say

@@ -20,6 +20,7 @@ from absl import flags
 
 from imgcls import config as configs
 from imgcls import experiment
+from imgcls.arguments import define_harmless
 from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
@@ -140,7 +141,7 @@ VIEWS = {"flip": _mirrored, "shifts": _shifted}
 def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
     cli.define_checkpoint()
-    experiment.define_harmless()
+    define_harmless()
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
 
 

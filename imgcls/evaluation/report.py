@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
+from imgcls.arguments import define_harmless
 from imgcls.config import flatten
 from imgcls.data import record
 from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.evaluation import figures, scores
 from imgcls.evaluation.figures import figure
-from imgcls.experiment import define_harmless, load_config, open_splits
+from imgcls.experiment import load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.files import write_bytes
 from imgcls.run.workdir import claim, read_json

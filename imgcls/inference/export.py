@@ -31,10 +31,11 @@ import safetensors.numpy
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from imgcls.arguments import define_harmless
 from imgcls.config import to_json
 from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
-from imgcls.experiment import build_model, define_harmless, open_splits
+from imgcls.experiment import build_model, open_splits
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli
 from imgcls.run.files import replacing

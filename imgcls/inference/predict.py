@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import flags
 
+from imgcls.arguments import define_harmless
 from imgcls.data.folder import walk
 from imgcls.data.images import decode_image, fit_image
 from imgcls.errors import BadExampleError, UserError, printable
-from imgcls.experiment import define_harmless
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import complain, say

@@ -112,12 +112,13 @@ def cache_folder(kind: str) -> Path:
     for path in (folder.parents[1], folder.parent, folder):
         with contextlib.suppress(OSError):
             path.mkdir(0o700, parents=True, exist_ok=True)
-            info = path.stat()
-            # A group whose number is its owner's is that user's own. Nobody can replace what is not
-            # theirs in a sticky folder, such as /tmp.
+            info, link = path.stat(), path.lstat()
+            # A group whose number is its owner's is that user's own. In a sticky folder, such as
+            # /tmp, nobody can replace a folder of ours.
             group = stat.S_IWGRP if info.st_gid != info.st_uid else 0
-            shared = info.st_mode & (stat.S_IWOTH | group) and not info.st_mode & stat.S_ISVTX
-            if shared or info.st_uid not in (0, os.getuid()):
+            kept = path == folder.parents[1] and info.st_mode & stat.S_ISVTX
+            shared = info.st_mode & (stat.S_IWOTH | group) and not kept
+            if shared or not {info.st_uid, link.st_uid} <= {0, os.getuid()}:
                 raise UserError(
                     f"others can write to the cache {path}, and programs in it are run: chmod go-w "
                     "it if you trust its content, or name a folder of your own in XDG_CACHE_HOME"

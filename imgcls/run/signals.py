@@ -56,7 +56,7 @@ class StopSignal:
         _active = None
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None is another language's
         os.close(self._writer)  # ends the thread
 
     def _watch(self, reader: int) -> None:

@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import imgcls.train
-from imgcls import config as configs
+from imgcls import arguments
 from imgcls.config import KEYS, flatten, to_json, validate
 from imgcls.errors import CheckpointError, ImgclsError, UserError
 from imgcls.experiment import Experiment
@@ -42,7 +42,7 @@ from imgcls.tuning.progress import Progress
 from imgcls.tuning.worker import POLL_SECONDS, AtWork, Child, check, claim, refused, stop_all
 
 NETWORK = ("nfs", "nfs4", "lustre", "smbfs", "cifs", "fuse.sshfs")
-check_flags, more_help = configs.check_flags, configs.describe
+check_flags, more_help = arguments.check_flags, arguments.describe
 
 
 def sweep(

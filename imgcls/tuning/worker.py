@@ -69,7 +69,8 @@ def _be_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> 
     try:
         signal.set_wakeup_fd(-1)  # the parent's
         for number in signals.EXIT_CODES:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)  # the threads of XLA and of oneDNN are as many
         with open(log, "a", encoding="utf-8", buffering=1) as file:

@@ -129,8 +129,12 @@ def test_a_cache_that_others_can_write_is_refused(programs, place, mode):
     path.chmod(mode)
     with pytest.raises(UserError, match=f"others can write to the cache {path}.*XDG_CACHE_HOME"):
         machine.start()
-    path.chmod(mode | 0o1000)  # sticky, as /tmp is: what is ours stays ours
-    machine.start()
+    path.chmod(mode | 0o1000)
+    if place == "cache":  # sticky, as /tmp is: a folder of ours in it stays ours
+        machine.start()
+    else:
+        with pytest.raises(UserError):
+            machine.start()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -138,6 +142,16 @@ def test_a_cache_that_others_can_write_is_refused(programs, place, mode):
 def test_a_cache_of_a_group_or_of_another_is_refused(programs, owner, mode):
     os.chown(programs, owner, 5)
     programs.chmod(mode)
+    with pytest.raises(UserError, match="others can write"):
+        cache_folder("xla")
+    programs.rename(programs.with_name("elsewhere"))
+    programs.symlink_to("elsewhere")
+    with pytest.raises(UserError, match="others can write"):
+        cache_folder("xla")
+    os.chown(programs.with_name("elsewhere"), 0, 0)
+    programs.with_name("elsewhere").chmod(0o700)
+    assert cache_folder("xla") == programs  # a link of the user's own
+    os.chown(programs, 1, 5, follow_symlinks=False)
     with pytest.raises(UserError, match="others can write"):
         cache_folder("xla")
 

@@ -18,7 +18,7 @@ from tests.helpers import ROOT
 
 # A command that says what it does until a signal comes, and leaves as train_and_evaluate does.
 PROGRAM = """
-import time
+import os, time
 from types import SimpleNamespace
 from imgcls.run import cli
 from imgcls.run.logs import say
@@ -35,6 +35,8 @@ def main(_):
         raise stop.stopped("saved")
 
 pause = {pause}
+if os.isatty(0):  # it becomes the terminal of this session
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
 cli.run(lambda: SimpleNamespace(define_flags=lambda: None, main=main, __doc__=""), ["command"])
 """
 
@@ -88,10 +90,8 @@ def test_what_nohup_ignores_stays_ignored():
 
 def test_a_terminal_that_closes_stops_the_run_and_nothing_else():
     ours, theirs = pty.openpty()
-    # A session of its own, whose terminal it is.
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
-    own = lambda: os.close(os.open(os.ttyname(0), os.O_RDWR))
-    process = start(**streams, preexec_fn=own)
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = start(**streams, start_new_session=True)
     os.close(theirs)
     printed = b""
     while b"working" not in printed:
