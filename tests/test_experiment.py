@@ -140,7 +140,7 @@ def test_steps_before_the_average_has_settled_cannot_be_the_best():
 
     assert possible(9, optim__ema_decay=0.99) == [30, 35, 40, 45]
     assert possible(2, optim__ema_decay=0.99) == [10], "there is always one"
-    assert possible(3) == [5, 10, 15]
+    assert possible(3, optim__ema_decay=0.0) == [5, 10, 15]
 
 
 def test_without_test_the_test_split_is_not_opened(monkeypatch):

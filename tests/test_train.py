@@ -340,8 +340,8 @@ def test_where_the_best_checkpoint_is_damaged_the_results_and_the_report_say_so(
 def test_the_best_checkpoint_is_evaluated_when_asked_for(tmp_path):
     # So high a learning rate that the last epoch is not the best.
     config = small_config(
-        optim__learning_rate=0.3, optim__schedule="constant", eval__checkpoint="best",
-        train__epochs=4,
+        optim__learning_rate=0.3, optim__schedule="constant", optim__ema_decay=0.0,
+        eval__checkpoint="best", train__epochs=4,
     )  # fmt: skip
     train_and_evaluate(config, tmp_path)
     rows = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "validation"]

@@ -129,7 +129,10 @@ def find(name: str, root: Path) -> Path | None:
     """The version directory of a dataset, complete or not; None if there is none."""
     dataset, config, version = parse(name)
     parent = root / dataset
-    parent = parent / (config or load_default_config_name(parent) or "")
+    try:
+        parent = parent / (config or load_default_config_name(parent) or "")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{parent}/.config is damaged ({first_line(error)}); {_REMEDY}") from error
     paths = [path for path in parent.glob(version or "*") if tfds.core.Version.is_valid(path.name)]
     return max(paths, key=lambda path: tfds.core.Version(path.name), default=None)
 

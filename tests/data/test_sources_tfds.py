@@ -145,6 +145,13 @@ def test_the_newest_version_and_the_named_config_are_found(tmp_path):
     assert find("y", tmp_path) == tmp_path / "y/one/1.0.0"
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"default_config_name": 5}', "[" * 9000])
+def test_a_damaged_choice_of_the_config_is_named(content, tmp_path):
+    (tmp_path / "x/.config").mkdir(parents=True)
+    (tmp_path / "x/.config/metadata.json").write_text(content)
+    refusal(lambda: find("x", tmp_path), tmp_path / "x/.config", "damaged")
+
+
 def test_the_fingerprint_tells_splits_channels_and_files_apart(prepared, copy):
     def prints(root, channels=3):
         sources = open_sources("tiny", data_dir=str(root), channels=channels)

@@ -83,6 +83,14 @@ def test_load_takes_the_checkpoint_that_the_config_names(finished, tmp_path):
         assert load(workdir, "15").state.step == 15
 
 
+def test_the_first_steps_of_an_average_of_the_parameters_cannot_be_the_best(finished):
+    assert load_config(finished).optim.ema_decay > 0
+    scores = read(finished / "checkpoints/validation.json")
+    assert [(step, bool(score)) for step, score in scores.items()] == [
+        ("5", False), ("10", False), ("15", False), ("20", True)
+    ]  # fmt: skip
+
+
 def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished, monkeypatch):
     before = read(finished / "results.json")
     elsewhere = {"device": "another", "versions": {}, "git_commit": "f" * 40}

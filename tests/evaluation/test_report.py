@@ -130,6 +130,16 @@ def test_it_says_what_the_files_say(run):
     assert len(page.of("ul", **{"class": "gallery samples"})) == 1
 
 
+def test_the_galleries_show_calibrated_probabilities(tmp_path):
+    logits, labels = random_logits(40, 4)
+    mistake = (logits.argmax(1) != labels).nonzero()[0][0]
+    for temperature in (None, 3.0):
+        page = write_report(write_run(tmp_path, logits, labels, temperature=temperature))
+        shown = np.exp(logits[mistake].astype(float) / (temperature or 1))
+        assert f", {100 * shown.max() / shown.sum():.1f}%" in page.words
+        assert ("how sure it was, calibrated" in page.words) == (temperature is not None)
+
+
 def test_a_run_of_another_task_shows_its_figures_and_how_it_was_made(run):
     results = json.loads((run / "results.json").read_text())
     kept = {key: results[key] for key in ("examples", "class_names", "seed", "seconds", "versions")}
