@@ -1,13 +1,19 @@
 """The notebook as a student meets it: carrying its outputs, and running from top to bottom."""
 
 import ast
+import contextlib
 import importlib
+import io
 import os
 import re
+import tempfile
+from pathlib import Path
 
+import jax
 import pytest
 
 from imgcls.config import default_config, validate
+from imgcls.tuning.space import canonical, config_at, halton_points
 from tests.helpers import ROOT, as_users
 
 nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
@@ -63,15 +69,24 @@ def test_the_code_uses_the_package_and_repeats_none_of_it(notebook):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "mnist", "fashion_mnist"])
-def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(notebook, dataset):
+def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(
+    notebook, dataset, tmp_path
+):
     get_config = importlib.import_module(f"configs.{dataset}").get_config
     names = {"get_config": get_config, "config": get_config(), "default_config": default_config}
+    names |= {"contextlib": contextlib, "io": io, "jax": jax, "tempfile": tempfile, "Path": Path}
     checked = []
+
+    def sweep(config, space, trials, **_):
+        points, _ = halton_points(canonical(space), config, trials, seed=0)
+        checked.extend(validate(config_at(config, point)) for point in points)
+
+    names |= {"RUNS": tmp_path, "sweep": sweep}
     names["run"] = lambda config, name: checked.append(validate(config))
     for cell in code_cells(notebook):
         if "without_test(" in cell.source:  # its runs come before what it draws
-            exec(re.split("^(?:scores|_, panels) = ", cell.source, flags=re.M)[0], names)
-    assert len(checked) == 6
+            exec(re.split("^_, ", cell.source, flags=re.M)[0], names)
+    assert len(checked) == 3 + 10
 
 
 @pytest.mark.slow
@@ -85,5 +100,5 @@ def test_it_runs_from_top_to_bottom_on_the_embedded_digits(notebook, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
     client.execute(env=as_users() | {"PYTHONPATH": str(ROOT)})  # a failing cell raises
     assert pictures(notebook) == committed > 10
-    assert len(list(tmp_path.glob("runs/*/results.json"))) == 7
+    assert len(list(tmp_path.glob("runs/*/results.json"))) == 1 + 3 + 1
     assert os.listdir(tmp_path) == ["runs"]

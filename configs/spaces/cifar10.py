@@ -21,6 +21,6 @@ def get_space() -> dict:
         # Then how much to hold back.
         "optim.weight_decay": ("log", 0.015, 0.25),
         "augment.translate_pixels": [2, 3, 4],
-        # Not train.epochs and model.widths: more is nearly always better, so choose what you can
-        # afford. Not train.batch_size: it decides speed, and other sizes want other learning rates.
+        # Not train.epochs and model.widths: choose what you can wait for, because the best values
+        # of all else change with them. Not train.batch_size: it decides speed.
     }

@@ -21,6 +21,6 @@ def get_space() -> dict:
             {"model.name": "mlp", "model.dense_widths": [(128,), (512, 512)]},
             {"model.name": "cnn", "model.widths": [(16, 32), (32, 64), (64, 128)]},
         ],
-        # Not train.epochs: more are nearly always better, so choose what you can afford. Nor what
-        # decides speed and not accuracy, such as model.dtype.
+        # Not train.epochs: choose what you can wait for, because the best values of all else change
+        # with it. Nor what decides speed and not accuracy, such as model.dtype.
     }

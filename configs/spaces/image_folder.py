@@ -21,6 +21,6 @@ def get_space() -> dict:
         # The best architecture depends on how many pictures there are. resnet18 takes several times
         # as long as the cnn: leave it out if time matters more.
         "model.name": ["cnn", "resnet18"],
-        # Not train.epochs: more are nearly always better, so choose what you can afford. Not
-        # data.image_size: larger is better where details count, and its square is the time.
+        # Not train.epochs: choose what you can wait for, because the best values of all else change
+        # with it. Nor data.image_size: details need pixels, and time grows with its square.
     }
