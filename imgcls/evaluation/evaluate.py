@@ -63,9 +63,8 @@ def evaluate(
             "the data, or train again in another --workdir"
         )
     record.check(workdir, splits)
-    if split == "test":
-        record.keep(workdir, {split: examples})
     if split == "test" and is_main():  # each look counts: choices belong on validation
+        record.keep(workdir, {split: examples})
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         look = json.dumps({"checkpoint": checkpoint, "step": step, "time": now})
         files.append_line(workdir / "test_evaluations.jsonl", look, sync=True)
