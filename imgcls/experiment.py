@@ -239,6 +239,8 @@ class Experiment:
         create = partial(
             create_state, model=self.model, tx=self.tx, ema=self.config.optim.ema_decay > 0
         )
+        arrays = jax.tree.leaves(self.state_target())  # before XLA is given too much of them
+        machine.check_fits(sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
         sample = self.preprocess(self.splits["train"].read(self.order[0])["image"])
         program = self.jit(create, once=True).lower(self.rng, sample).compile()
         machine.check_memory(program)

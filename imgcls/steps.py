@@ -63,8 +63,7 @@ def train_step(
 
     All randomness comes from (rng, state.step). The gradient is averaged over `accumulate_steps`
     equal parts of the batch, one after the other, so that one part's activations are in memory.
-    BatchNorm normalises each part alone and moves its running statistics once per part; dropout
-    draws per part. Without both, the result is that of one part.
+    The result differs where BatchNorm normalises each part alone, or dropout draws for each.
     Where loss or gradient is not finite, only the step counter changes, and the metric "bad" is 1.
 
     Returns the new state, and sums over the batch: of the task's figures, "count" and "bad".

@@ -17,6 +17,7 @@ from imgcls.data.splits import Split
 from imgcls.errors import UserError
 from imgcls.experiment import Experiment, build_model, load_config
 from imgcls.models import resnet
+from imgcls.run import machine
 from imgcls.run.workdir import write_json
 from imgcls.task import balanced_weights
 from tests.helpers import small_config
@@ -106,7 +107,9 @@ def test_one_value_per_channel_is_refused_where_batch_norm_would_make_it_a_const
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(experiment, "put_batch", lambda read, indices, _: read(indices))
     monkeypatch.setattr(experiment, "replicated", lambda _: None)
-    one_pixel = {"model__widths": (4, 4, 4), "train__batch_size": 1}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda _: None)  # it is slow
+    monkeypatch.setattr(machine, "check_memory", lambda _: None)
+    one_pixel = {"model__widths": (4, 4, 4), "train__batch_size": 1, "model__cpu_kernels": "off"}
     small = {"train__small_epochs": 1.0, "train__small_image_size": (4, 4)}
     for refused in (
         one_pixel,
@@ -121,6 +124,14 @@ def test_one_value_per_channel_is_refused_where_batch_norm_would_make_it_a_const
     ):
         compile_first_step(small_config(**fine))
     compile_first_step(small_config("mlp", train__batch_size=1))
+
+
+@pytest.mark.parametrize("widths", [(10**5, 10**5), (10**6, 10**6), (10**6, 10**6, 10**6)])
+def test_a_state_larger_than_the_memory_is_refused_before_xla_sees_it(widths, monkeypatch):
+    exp = Experiment(small_config(model__widths=widths))
+    monkeypatch.setattr(exp, "jit", lambda *_, **__: pytest.fail("it was compiled"))
+    with pytest.raises(MemoryError, match="GiB are needed"):
+        exp.compile_init()
 
 
 def test_evaluation_takes_no_more_images_at_once_than_there_are():

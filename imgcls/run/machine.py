@@ -102,15 +102,20 @@ def compiler_options(*, once: bool = False) -> dict[str, str] | None:
 
 
 def check_memory(compiled: jax.stages.Compiled) -> None:
-    """Raises MemoryError where a program for the CPU needs more than is free.
+    """`check_fits` of what a program needs."""
+    if needs := compiled.memory_analysis():
+        check_fits(
+            needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
+        )
+
+
+def check_fits(needed: int) -> None:
+    """Raises MemoryError where a CPU needs more bytes than are free.
 
     XLA would wait for ever, or Linux end the process without a word. Accelerators tell themselves.
     """
-    if jax.default_backend() == "cpu" and (needs := compiled.memory_analysis()):
-        needed = needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
-        free = free_memory()
-        if needed > free:
-            raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+    if jax.default_backend() == "cpu" and needed > (free := free_memory()):
+        raise MemoryError(f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
 
 
 def reproducibility_facts() -> dict[str, Any]:
