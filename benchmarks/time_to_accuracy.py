@@ -21,23 +21,25 @@ import common
 
 from imgcls.errors import UserError
 from imgcls.evaluation.groups import student_interval
+from imgcls.run import machine
 from imgcls.run.workdir import read_json, write_json
 
 COMMAND = "command.json"  # in a workdir: what only the one who typed the command knows
 
 
 def train(config: str, sweep: Path, seeds: int, *flags: str) -> list[Path]:
-    """Trains and tests the seeds in a sweep, and returns their workdirs.
+    """Trains and tests the seeds, one after the other on all cores, and returns their workdirs.
 
-    Its seconds, in equal parts, go to the workdirs, if they are all of them.
+    The sweep's seconds, in equal parts, go to the workdirs, if they are all of them.
     """
     fresh = not (sweep / "sweep.json").exists()
     command = [sys.executable, "-m", "imgcls", "sweep", f"--config={config}", f"--workdir={sweep}"]
+    command += [f"--seeds={seeds}", f"--cores={len(machine.cores())}", "--test", *flags]
     environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
     started = time.perf_counter()
-    code = subprocess.run([*command, f"--seeds={seeds}", "--test", *flags], env=environment)
-    if code.returncode:
-        raise SystemExit(code.returncode)
+    code = subprocess.run(command, env=environment).returncode
+    if code:
+        raise SystemExit(code)
     seconds = round((time.perf_counter() - started) / seeds, 1)
     workdirs = sorted(sweep.glob("seeds/*"), key=lambda path: int(path.name.partition("-")[2]))
     for workdir in workdirs if fresh else []:
