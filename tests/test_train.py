@@ -294,7 +294,7 @@ def test_garbage_among_the_rows_costs_those_lines_alone(uninterrupted, tmp_path,
     (tmp_path / "metrics.jsonl").write_bytes(rows[:-5] + garbage + b"\n" + rows)
     (tmp_path / "test_evaluations.jsonl").write_bytes(garbage)
     train_and_evaluate(config, tmp_path)
-    assert "metrics.jsonl are no rows: they are left out" in caplog.text
+    assert "metrics.jsonl are broken, and left out" in caplog.text
     rows, results = outcome(uninterrupted[1])
     assert outcome(tmp_path) == (rows[:1] + rows, results)  # its first row stood there twice
     assert looks(tmp_path) > 1

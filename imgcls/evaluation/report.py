@@ -170,8 +170,10 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
         write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        kind = CheckpointError if full else UserError
-        raise kind(f"cannot write {path}: {error.strerror}; run the same command again") from error
+        told = f"cannot write {path}: {error.strerror}"
+        if full:
+            told += "; free some space and run the same command again"
+        raise (CheckpointError if full else UserError)(told) from error
     return path
 
 

@@ -103,13 +103,12 @@ class _Visible(logging.Formatter):
 
 
 def _except_tensorstore(unraisable: Any) -> None:
-    """In place of sys.unraisablehook: silent where orbax's C++ threads report a failed save.
+    """In place of sys.unraisablehook: silent where orbax reports what failed of each array.
 
-    They do so for each array, to an event loop that is closed by then. The failure itself is
-    raised in the main thread.
+    Of a save its C++ threads do so to an event loop that is closed by then. The first failure
+    is raised in the main thread.
     """
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    if not re.search("^Event loop is closed$|full TensorStore details", str(unraisable.exc_value)):
         sys.__unraisablehook__(unraisable)
 
 

@@ -228,7 +228,7 @@ def read_lines(path: Path, accepts: Callable[[dict[str, Any]], Any] = bool) -> l
             value = json.loads(line)
         objects.append(value if isinstance(value, dict) and accepts(value) else {})
     if not all(objects[:-1]):  # the last may have been torn by a kill
-        logging.warning("lines of %s are broken, and count for nothing but a line", path)
+        logging.warning("lines of %s are broken, and left out", path)
     return objects
 
 
