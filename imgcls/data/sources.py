@@ -15,8 +15,8 @@ class Source(Protocol):
     """One split of a dataset, read in any order and from any thread.
 
     `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
-    source that reads many examples faster than one by one also has `read(indices) -> list of
-    examples`, which raises at the first bad one.
+    source that reads many examples faster than one by one also has `read(indices) -> iterable
+    of examples`, which raises at the first bad one.
     """
 
     class_names: tuple[str, ...]  # of each label

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,17 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read([index])[0]
+        return next(self.read([index]))
 
-    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         indices = [self.ids[index] for index in indices]  # an IndexError as of any sequence
         try:
             records = self._records.__getitems__(indices)
             examples = [tf_example_pb2.Example.FromString(record) for record in records]
         except Exception as error:  # array_record and protobuf each have their own
             raise UserError(f"{self._name} is damaged ({first_line(error)}); {_REMEDY}") from error
-        return [self._decode(i, example.features.feature) for i, example in zip(indices, examples)]
+        # Decoded when it is asked for: one large picture is in memory, not all of them.
+        return (self._decode(i, example.features.feature) for i, example in zip(indices, examples))
 
     def _decode(self, index: int, features: Any) -> dict[str, Any]:
         encoded = features["image"].bytes_list.value[0]

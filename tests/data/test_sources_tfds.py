@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgcls.data import tfds
 from imgcls.data.sources import open_sources
 from imgcls.data.tfds import find
 from imgcls.errors import BadExampleError, UserError
@@ -244,7 +245,7 @@ def test_a_damaged_directory_is_named_with_the_remedy(damage, copy):
     def read():
         sources = open_sources("tiny", data_dir=str(root), channels=3)
         assert damage == "corrupted shard", "all other damage is found at once"
-        sources["test"].read(range(20))
+        list(sources["test"].read(range(20)))
 
     refusal(read, root / "tiny/1.0.0", "delete that directory", "--config.data.dir")
 
@@ -323,7 +324,16 @@ def test_a_record_that_is_no_picture_is_a_bad_example(prepared):
             bad += 1
     assert bad == 1
     with pytest.raises(BadExampleError):
-        source.read(range(20))
+        list(source.read(range(20)))
+
+
+def test_a_picture_is_decoded_when_it_is_asked_for(prepared, monkeypatch):
+    decoded = []
+    decode = tfds.decode_image
+    monkeypatch.setattr(tfds, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    examples = open_sources("tiny", data_dir=str(prepared), channels=3)["train"].read(range(120))
+    for count, _ in enumerate(examples, start=1):
+        assert len(decoded) == count
 
 
 def test_two_processes_convert_tfrecord_once_whatever_a_killed_one_left(copy, prepared):
