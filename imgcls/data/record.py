@@ -7,7 +7,7 @@ import numpy as np
 
 from imgcls.data.images import DECODER
 from imgcls.data.splits import Split
-from imgcls.errors import UserError, first_line
+from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.parallel import is_main
 from imgcls.run import files
 
@@ -16,7 +16,8 @@ def check(workdir: Path, splits: dict[str, Split]) -> dict[str, np.ndarray]:
     """Returns `Split.identities` of the splits that the run saw; an older run tells of none.
 
     Raises:
-        UserError: one of `splits` is not what the run saw of it, or data.npz cannot be read.
+        UserError: one of `splits` is not what the run saw of it.
+        CheckpointError: data.npz cannot be read.
     """
     path = workdir / "data.npz"
     try:
@@ -26,7 +27,8 @@ def check(workdir: Path, splits: dict[str, Split]) -> dict[str, np.ndarray]:
         return {}
     except Exception as error:  # of a damaged file zipfile, zlib and numpy each have their own
         why = f"{path} cannot be read ({first_line(error)}), which tells whether the data changed"
-        raise UserError(f"{why}: restore it, or delete it to take the data as it is") from error
+        remedy = "run again when it can be, restore it, or delete it to take the data as it is"
+        raise CheckpointError(f"{why}: {remedy}") from error
     for name in splits.keys() & saved.keys():
         if differs := _difference(name, splits[name], saved[name]):
             raise UserError(

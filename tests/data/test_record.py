@@ -7,7 +7,7 @@ import pytest
 
 from imgcls.data import record
 from imgcls.data.splits import Split
-from imgcls.errors import UserError
+from imgcls.errors import CheckpointError, UserError
 
 
 def make(n=252, name="test", seed=0):
@@ -22,8 +22,8 @@ def take(split, rows):
     return dataclasses.replace(split, parts=parts, labels=split.labels[rows], ids=ids)
 
 
-def refusal(workdir, **splits):
-    with pytest.raises(UserError) as caught:
+def refusal(workdir, error=UserError, **splits):
+    with pytest.raises(error) as caught:
         record.check(workdir, splits)
     text = str(caught.value)
     assert "\n" not in text and str(workdir) in text
@@ -89,19 +89,19 @@ def test_a_record_that_cannot_be_read_is_refused_in_one_line(workdir):
     content = path.read_bytes()
     for garbage in (b"", b"\0" * 99, content[:200], content[:-30], b"x" + content[1:], b"{}"):
         path.write_bytes(garbage)
-        assert f"{path} cannot be read (" in refusal(workdir, test=make())
+        assert f"{path} cannot be read (" in refusal(workdir, CheckpointError, test=make())
     np.savez(path, test=np.array(["a"]))
-    assert "cannot be read" in refusal(workdir, test=make())
+    assert "cannot be read" in refusal(workdir, CheckpointError, test=make())
     np.savez(path, test=np.array([None]))
-    assert "cannot be read" in refusal(workdir, test=make())
+    assert "cannot be read" in refusal(workdir, CheckpointError, test=make())
     np.save(path.with_suffix(".npy"), np.zeros(3))
     path.with_suffix(".npy").rename(path)
-    assert "cannot be read" in refusal(workdir, test=make())
+    assert "cannot be read" in refusal(workdir, CheckpointError, test=make())
     np.savez(path, test=np.zeros((3, 3), np.float16))
     assert "252 of 252 test pictures changed" in refusal(workdir, test=make())
     path.unlink()
     path.mkdir()
-    assert "cannot be read (" in refusal(workdir, test=make())
+    assert "cannot be read (" in refusal(workdir, CheckpointError, test=make())
 
 
 def test_the_record_of_a_large_dataset_is_small(tmp_path):
