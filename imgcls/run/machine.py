@@ -35,7 +35,7 @@ def start() -> None:
     """To be called once by a process, before JAX computes anything."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         keep_programs()
-    visible = [path for kind in ACCELERATORS for path in glob.glob(kind)]
+    visible = accelerators()
     if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
         logging.warning(
             "THIS MACHINE HAS AN ACCELERATOR (%s) BUT JAX RUNS ON THE CPU: install jax[cuda13] or "
@@ -147,6 +147,11 @@ def check_reproducible(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if other:
         told = "the run goes on, but its last bits may differ from those of one never stopped: %s"
         logging.warning(told, "; ".join(other))
+
+
+def accelerators() -> list[str]:
+    """Paths of the GPUs and TPUs that are there, whether JAX can use them or not."""
+    return [path for kind in ACCELERATORS for path in glob.glob(kind)]
 
 
 def cores() -> list[int]:

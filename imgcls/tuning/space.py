@@ -96,7 +96,8 @@ def coordinates(space: Space, prefix: str = "") -> dict[str, Any]:
     """The coordinates of the unit cube, in order: a choice's own, then those of its options."""
     found = {}
     for key, spec in space.items():
-        found[prefix + key] = spec
+        if not isinstance(spec, list) or len(spec) > 1:
+            found[prefix + key] = spec
         for i, option in enumerate(spec if isinstance(spec, list) else []):
             if isinstance(option, dict):
                 found |= coordinates(option, f"{prefix}{key}[{i}].")
@@ -107,7 +108,7 @@ def point(space: Space, cube: dict[str, float], prefix: str = "") -> dict[str, A
     """The config keys at a point of the unit cube, given as {coordinate: [0, 1)}."""
     values: dict[str, Any] = {}
     for key, spec in space.items():
-        x = cube[prefix + key]
+        x = cube.get(prefix + key, 0.0)
         if isinstance(spec, list):
             i = min(int(x * len(spec)), len(spec) - 1)
             nested = isinstance(spec[i], dict)
@@ -160,7 +161,9 @@ def tpe_cube(
     try:
         import optuna
     except ImportError:
-        raise UserError("--search=tpe needs optuna: pip install optuna") from None
+        raise UserError(
+            "--search=tpe needs optuna: pip install -r requirements-optuna.txt"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds: dict[str, Any] = {
         name: optuna.distributions.CategoricalDistribution(range(len(spec)))

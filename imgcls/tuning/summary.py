@@ -107,7 +107,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         if best["trial"] in pair["trials"]
         and (pair["p_value"] is None or pair["p_value"] > SIGNIFICANT)
     ]
-    if 0 in alike or best["trial"] == 0:
+    if 0 in alike:
         said.append("The config as it is, trial 0, is as good.")
     if alike and seeds == 1:
         said.append("One seed cannot tell trials apart: --seeds=3 or more of another sweep can.")

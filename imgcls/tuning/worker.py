@@ -71,7 +71,9 @@ def _be_child(function: Callable[[], None], log: Path, cores: Sequence[int]) -> 
         for number in signals.EXIT_CODES:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        if cores and hasattr(os, "sched_setaffinity"):
+        if machine.accelerators():  # several trials may share one
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        elif cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)  # the threads of XLA and of oneDNN are as many
         with open(log, "a", encoding="utf-8", buffering=1) as file:
             sys.stdout = sys.stderr = file
