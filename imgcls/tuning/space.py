@@ -137,10 +137,8 @@ def halton_points(
     names, flat = list(coordinates(space)), flatten(to_json(config))
     points: list[dict[str, Any]] = [{}]
     cubes: list[dict[str, float]] = [{}]
-    if not names:
-        return points, cubes
-    sequence, repeats = qmc.Halton(len(names), scramble=True, rng=seed), 0
-    while len(points) < trials and repeats < DRAWS:
+    sequence, repeats = qmc.Halton(max(len(names), 1), scramble=True, rng=seed), 0
+    while space and len(points) < trials and repeats < (DRAWS if names else 1):
         cube = dict(zip(names, map(float, sequence.random(1)[0])))
         new, repeats = point(space, cube), repeats + 1
         if new not in points and any(flat.get(key) != value for key, value in new.items()):
