@@ -1,5 +1,6 @@
 """data.npz of a workdir: the examples that its run was trained, validated and tested on."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def check(workdir: Path, splits: dict[str, Split]) -> dict[str, np.ndarray]:
     """
     path = workdir / "data.npz"
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        # Read first, because zipfile takes an error of the disk for a damaged file.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             saved = {name: np.ravel(arrays[name]).astype("<u8") for name in arrays}
     except FileNotFoundError:
         return {}
