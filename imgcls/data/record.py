@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from imgcls.data.images import DECODER
 from imgcls.data.splits import Split
 from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.parallel import is_main
@@ -34,8 +33,8 @@ def check(workdir: Path, splits: dict[str, Split]) -> dict[str, np.ndarray]:
     for name in splits.keys() & saved.keys():
         if differs := _difference(name, splits[name], saved[name]):
             raise UserError(
-                f"{differs} (decoded by {DECODER}): restore the data and the decoder that {workdir}"
-                " was made with, or use another --workdir"
+                f"{differs}: restore the data that {workdir} was made with, and the version of "
+                "Pillow, or use another --workdir"
             )
     return saved
 

@@ -46,7 +46,7 @@ def test_changed_pictures_are_counted_and_the_first_is_named(workdir):
     images = make().parts[0].copy()
     images[12:49, 3, 3, 2] ^= 1
     changed = dataclasses.replace(make(), parts=[images])
-    assert "37 of 252 test pictures changed, first cat/0012.jpg (" in refusal(workdir, test=changed)
+    assert "37 of 252 test pictures changed, first cat/0012.jpg: " in refusal(workdir, test=changed)
     record.check(workdir, {"train": make(40, "train", 1)})
 
 
@@ -64,7 +64,7 @@ def test_pictures_that_came_or_went_or_moved_are_told(workdir):
     shown = "48 of 300 test pictures are new, first cat/0252.jpg (252 then, 300 now)"
     assert shown in refusal(workdir, test=more)
     fewer = take(make(), everything[5:])
-    assert "5 of 252 test pictures are gone (" in refusal(workdir, test=fewer)
+    assert "5 of 252 test pictures are gone: " in refusal(workdir, test=fewer)
     assert "another order" in refusal(workdir, test=take(make(), everything[::-1]))
     others = take(make(seed=5), everything[:20])
     assert "20 of 20 test pictures changed" in refusal(workdir, test=others)
