@@ -152,7 +152,7 @@ def test_other_pictures_are_refused_before_the_test_split_counts_as_seen(finishe
     digests[[12, 33]] ^= 1
     splits[name] = dataclasses.replace(splits[name], digests=digests)
     before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=rf"2 of \d+ {name} pictures changed, first \d+ "):
+    with pytest.raises(UserError, match=rf"2 of \d+ {name} pictures changed, first \d+: "):
         evaluation.evaluate(classifier, splits, finished, split="test", checkpoint="latest")
     assert {path: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
 
