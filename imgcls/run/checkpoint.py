@@ -214,6 +214,8 @@ class Checkpoints:
                 raise RuntimeError(f"what was saved cannot be read: {first_line(error)}") from error
 
     def _read_scores(self) -> dict[int, dict[str, float]]:
+        if not self.steps():  # a kill may have left scores without the first checkpoint
+            return {}
         try:
             saved = json.loads(self._scores_path.read_bytes())
             return {int(step): _finite(metrics) for step, metrics in saved.items()}
@@ -221,7 +223,7 @@ class Checkpoints:
             pass
         except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
             logging.warning("%s is damaged: the scores are those logged", self._scores_path)
-        rows = read_metrics(self._directory.with_name("metrics.jsonl")) if self.steps() else []
+        rows = read_metrics(self._directory.with_name("metrics.jsonl"))
         rows = [row for row in rows if row["split"] == "validation"]
         return {row["step"]: _finite({key: row[key] for key in figures_of(row)}) for row in rows}
 

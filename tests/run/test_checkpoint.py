@@ -145,6 +145,12 @@ def test_scores_that_cannot_be_read_count_as_none_with_a_warning(tmp_path, garba
     assert Checkpoints(tmp_path).find("best") == 2
 
 
+def test_scores_without_a_checkpoint_are_those_of_a_run_that_never_was(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.record(2, {"top1": 0.5})  # killed before its first save was whole
+    assert Checkpoints(tmp_path / "checkpoints").validated_step == 0
+
+
 def test_scores_that_cannot_be_read_are_those_that_were_logged(tmp_path):
     checkpoints = saved(tmp_path / "checkpoints", [0.5, 0.4])
     rows = [
