@@ -60,9 +60,7 @@ class Checkpoints:
                 for unfinished in self._directory.glob("[0-9]*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished, ignore_errors=True)  # what a kill left of a save
                     unfinished.unlink(missing_ok=True)  # or a stray file of such a name
-            # A kill may come between a score and the end of the save that it belongs to.
-            last = max(self.steps(), default=-1)
-            self._scores = {s: score for s, score in self._read_scores().items() if s <= last}
+            self._scores = self._read_scores()
         if not read_only and self._has_set_aside():
             self.find("latest")  # or the error that there is none
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imgcls.errors import UserError
+from imgcls.errors import CheckpointError, UserError
 from imgcls.parallel import is_main
 from imgcls.run.files import lock, write_bytes
 
@@ -53,5 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist: --workdir must be the directory of a run"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or train again") from None
+    except OSError as error:  # which may pass
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend the disk") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is broken ({error}): restore it, or train again") from None
