@@ -18,7 +18,8 @@ from tests.helpers import ROOT
 
 # A command that says what it does until a signal comes, and leaves as train_and_evaluate does.
 PROGRAM = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started by
 from types import SimpleNamespace
 from imgcls.run import cli
 from imgcls.run.logs import say
@@ -57,12 +58,13 @@ def poll_for_ever():
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
 )
 def test_a_signal_asks_and_says_its_exit_code(sent, code):
-    before = signal.getsignal(sent)
+    handler = lambda *_: None
+    before = signal.signal(sent, handler)  # under nohup SIGHUP would be ignored
     with StopSignal(), pytest.raises(Stopped, match=f"stopped by {sent.name}: ") as stopped:
         signal.raise_signal(sent)
         interruptibly(poll_for_ever)
     assert stopped.value.exit_code == code
-    assert signal.getsignal(sent) == before
+    assert signal.signal(sent, before) == handler
 
 
 def test_a_pair_of_signals_is_one_and_a_later_one_ends_at_once():
