@@ -93,6 +93,7 @@ KEYS = {
     ),
     "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have", True),
     "data.follow_links": Key(True, FLAG, "follow symbolic links in a folder of images"),
+    "data.ignore": Key("", TEXT, "names of folders below data.dir to leave out: docs,raw"),
     "data.alternate_flip": Key(False, FLAG, "mirror each image in every second epoch"),
     "task.name": Key("classification", _one_of(TASKS), "the objective"),
     "model.name": Key("cnn", _one_of(MODELS), "the architecture, which has keys of its own"),

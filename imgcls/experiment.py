@@ -325,9 +325,8 @@ def load_config(workdir: Path) -> ConfigDict:
 def open_splits(config: ConfigDict, *names: str) -> list[Split]:
     """The splits that config.data names "train", "validation" or "test", decoded."""
     c = config.data
-    sources = open_sources(
-        c.name, data_dir=c.dir or None, channels=c.channels, follow_links=c.follow_links
-    )
+    own = {"follow_links": c.follow_links, "ignore": c.ignore}
+    sources = open_sources(c.name, data_dir=c.dir or None, channels=c.channels, **own)
     used = [name for name in ("train", "validation", "test") if c[name]]
     check_disjoint(sources, {f"config.data.{name}": c[name] for name in used})
     return load_splits(

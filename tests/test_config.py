@@ -21,7 +21,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 BEFORE = json.loads((ROOT / "tests/fixtures/configs.json").read_text())
 MUON_ONLY = {"optim.adam_learning_rate"}
 MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
-ADDED = {"task.name", "task.class_weights"}
+ADDED = {"task.name", "task.class_weights", "data.ignore"}
 ADDED |= {f"augment.{name}" for name in ("crop_fraction", "erase_probability")}
 ADDED |= {f"augment.rand_augment_{name}" for name in ("magnitude", "layers")}
 # It is to be run to its end on two cores.

@@ -2,38 +2,68 @@
 
 import functools
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from imgcls.data.images import decode_image, hash_files
+from imgcls.data.images import decode_image, hash_files, is_picture, picture_size
 from imgcls.errors import UserError, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
-SPLIT_FOLDERS = {"train": "train", "test": "test"}
-SPLIT_FOLDERS |= dict.fromkeys(("validation", "val", "valid"), "validation")
-_Entry = os.DirEntry[str]
-# What desktops leave in folders; names that start with a dot are ignored too.
+# What desktops, archives, NAS and caches of thumbnails leave; so do names that start with a dot.
 IGNORED = ("thumbs.db", "desktop.ini")
-
+IGNORED_FOLDERS = ("@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "@__thumb")
+IGNORED_FOLDERS += ("__macosx", "__pycache__", "thumbnails", "_thumbnails", "@tmp")
+# Names of splits, of which only the letters count, with what is written around them.
+_SPLITS = {
+    "train": "trn|train|training|trainval",
+    "validation": "val|valid|validation|validate|validating|dev|eval|evaluation",
+    "test": "tst|test|tests|testing|holdout",
+}
+_AFFIXES = "(?:the|my|raw|set|split|folder|dir|data|dataset|images?|imgs?|pics|pictures|photos)*"
+LOOKED_AT = 1000  # pictures whose sizes are told
 
 _Split = dict[str, list[str]]  # paths below the root, by class
+
+
+class Tree(NamedTuple):
+    """The paths of pictures in a folder, and the folders in it, by NFC of their names."""
+
+    files: list[str]
+    folders: "dict[str, Tree]"
+
+    def below(self) -> Iterator[str]:
+        """The pictures at any depth."""
+        yield from self.files
+        for folder in self.folders.values():
+            yield from folder.below()
+
+    def levels(self) -> int:
+        return max((1 + folder.levels() for folder in self.folders.values()), default=0)
 
 
 class FolderSource:
     """One split of a folder, in the order of the paths' SHA-256. See `data.sources.Source`."""
 
-    def __init__(self, root: str, split: _Split, classes: list[str], channels: int):
+    def __init__(
+        self, root: str, split: _Split, classes: list[str], channels: int, notes: Sequence[str] = ()
+    ):
         """Takes the files of each class, and all classes: a label is an index into these."""
         index = {name: label for label, name in enumerate(classes)}
         labels = {file: index[name] for name, files in split.items() for file in files}
         paths = sorted(labels, key=_shuffled)
         self._examples = [(os.path.join(root, path), labels[path]) for path in paths]
-        self._channels = channels
+        self._channels, self._notes = channels, notes
         self.class_names = tuple(map(printable, classes))
-        self.ids = tuple(map(printable, paths))
+        spelled = Counter(map(_nfc, paths))
+        self.ids = tuple(printable(p if spelled[_nfc(p)] > 1 else _nfc(p)) for p in paths)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -48,20 +78,32 @@ class FolderSource:
         path, label = self._examples[index]
         return {"image": decode_image(path, channels=self._channels), "label": label}
 
+    def describe(self) -> list[str]:
+        """Sizes of the pictures, by their headers, and what was noticed in the folder."""
+        sizes = [picture_size(path) for path, _ in self._examples[:LOOKED_AT]]
+        known = sorted((w * h, f"{w}x{h}") for w, h in filter(None, sizes))
+        if not known:
+            return [*self._notes]
+        low, median, high = (known[place][1] for place in (0, len(known) // 2, -1))
+        looked = f" (of {LOOKED_AT:,} looked at)" if len(self) > LOOKED_AT else ""
+        return [f"pictures of {low} to {high}, median {median}{looked}", *self._notes]
+
 
 def open_folder(
-    *, data_dir: str | None, channels: int, follow_links: bool = True, **_: Any
+    *, data_dir: str | None, channels: int, follow_links: bool = True, ignore: str = "", **_: Any
 ) -> dict[str, FolderSource]:
     """Opens the splits of a folder of images. Labels number the sorted names of class folders.
 
-    A class holds every regular file below its folder, except hidden ones and `IGNORED`. A folder
-    `train` with only other splits next to it tells the layout with splits. Validation, and without
-    that layout test too, is a tenth of each class of train where there is no folder of it. The
-    SHA-256 of a file's path below PATH decides; a class of one or two files stays in train.
+    A class holds every picture below its folder, except hidden ones and `IGNORED_FOLDERS`. Folders
+    that are named like splits, and nothing else next to them, tell the layout with splits. Where
+    there is no test, but validation, that is the test split. Other splits are carved: a tenth of
+    each class of train. The SHA-256 of a file's path below PATH decides; a class of one or two
+    files stays in train.
 
     Raises:
         UserError: No such folder, no images, one class, an empty class or split, a class that train
-            lacks, a link that makes a loop, any link at all when `follow_links` is False.
+            lacks, folders of which some or all may be splits, no such folder to `ignore`, a link
+            that makes a loop, any link at all when `follow_links` is False.
     """
     if data_dir is None:
         raise UserError(f"image_folder needs --config.data.dir=PATH, laid out as {LAYOUTS}")
@@ -69,78 +111,207 @@ def open_folder(
     shown = printable(root)
     if not os.path.isdir(root):
         raise UserError(f"{shown} is not a directory; name one with --config.data.dir")
-    folders = sorted(entry.name for entry in scan(root, follow_links)[0])
-    list_classes = lambda folder: _list_classes(os.path.join(root, folder), root, follow_links)
-    if "train" in folders and set(folders) <= set(SPLIT_FOLDERS):
-        splits = {SPLIT_FOLDERS[folder]: list_classes(folder) for folder in folders}
-        if len(splits) < len(folders):
-            raise UserError(f"{shown} has two validation folders; keep one")
-        if "validation" not in splits:
-            splits |= _carve(splits["train"], ("validation",))
-    else:
-        splits = _carve(list_classes(""), ("validation", "test"))
+    names = {_nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
+    left_out: Counter[str] = Counter()
+    tree = read_tree([root], follow_links=follow_links, ignore=names, left_out=left_out)
+    if unknown := sorted(name for name in names if f"{name}/" not in left_out):
+        raise UserError(
+            f"config.data.ignore={printable(ignore)}: {shown} holds no folder "
+            f"{', '.join(map(printable, unknown))}"
+        )
+    splits, notes = _divide(root, shown, tree)
     _check(shown, splits)
+    used = sum(len(files) for split in splits.values() for files in split.values())
+    left_out["pictures in no class folder"] = loose = sum(1 for _ in tree.below()) - used
+    if loose > used:
+        raise UserError(
+            f"{shown} holds {loose:,} pictures in no class folder and only {used:,} in such: sort "
+            "them, or move them to a folder that --config.data.ignore names"
+        )
+    if told := [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20) if n]:
+        notes.append(f"left out: {', '.join(told)}")
     classes = sorted(splits["train"])
-    return {name: FolderSource(root, split, classes, channels) for name, split in splits.items()}
+    return {
+        name: FolderSource(root, split, classes, channels, notes) for name, split in splits.items()
+    }
 
 
-def walk(
-    directory: str,
+def read_tree(
+    directories: list[str],
     *,
     follow_links: bool = True,
     refuse_loops: bool = True,
+    ignore: Iterable[str] = (),
+    left_out: Counter[str] | None = None,
     above: tuple[Path, ...] = (),
-) -> Iterator[_Entry]:
-    """The files below a folder at any depth, in no order; those that `scan` leaves out are not.
+) -> Tree:
+    """The pictures below directories, which count as one; hidden files, pipes etc. are no pictures.
 
-    A link back to a folder around it is refused with a UserError, or else left out.
+    Args:
+        directories: those of one name, but for its normal form.
+        follow_links: False refuses links with a UserError.
+        refuse_loops: a link back to a folder around it is refused with a UserError, or left out.
+        ignore: names of folders to leave out.
+        left_out: counts what is left out, by the ending of files and the name + "/" of folders.
+        above: the directories around them.
     """
-    real = Path(directory).resolve()
-    if any(folder.is_relative_to(real) for folder in above):
-        if refuse_loops:
-            raise UserError(f"{printable(directory)} links back to a folder around it; remove it")
+    left_out = Counter() if left_out is None else left_out
+    tree, folders = Tree([], {}), dict[str, list[str]]()
+    for directory in directories:
+        real = Path(directory).resolve()
+        if any(folder.is_relative_to(real) for folder in above):
+            if refuse_loops:
+                where = printable(directory)
+                raise UserError(f"{where} links back to a folder around it; remove it")
+            continue
+        above = (*above, real)
+        try:
+            for entry in list(os.scandir(directory)):
+                name, lower = _nfc(entry.name), entry.name.lower()
+                if name.startswith(".") or lower in IGNORED:
+                    continue
+                if (name in ignore or lower in IGNORED_FOLDERS) and entry.is_dir():
+                    left_out[f"{name}/"] += 1
+                    continue
+                if entry.is_symlink() and not follow_links:
+                    raise UserError(
+                        f"{printable(entry.path)} is a link, which config.data.follow_links=False "
+                        "refuses"
+                    )
+                if entry.is_dir():
+                    folders.setdefault(name, []).append(entry.path)
+                elif entry.is_file() or not os.path.exists(entry.path):
+                    if is_picture(name):  # a link to nothing, too: one that can't be read
+                        tree.files.append(entry.path)
+                    else:
+                        left_out[os.path.splitext(lower)[1] or name] += 1
+        except OSError as error:  # no permission, or a link to itself
+            raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
+    how: Any = {"follow_links": follow_links, "refuse_loops": refuse_loops}
+    how |= {"ignore": ignore, "left_out": left_out, "above": above}
+    for name, paths in folders.items():
+        tree.folders[name] = read_tree(paths, **how)
+    return tree
+
+
+def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[str]]:
+    """The splits of a folder, carved where there are none, and what to say of them."""
+    tree, notes = _unwrapped(tree), list[str]()
+    if tree.files and not tree.folders:
+        raise UserError(f"{shown} holds {_loose(tree)}; lay them out as {LAYOUTS}")
+    taken = _split_names(tree.folders)
+    found, folder_of = {"train": tree}, {name: folder for folder, name in taken.items()}
+    if "train" not in folder_of or len(taken) < len(tree.folders):
+        _refuse_doubt(shown, tree, taken)
+    elif len(folder_of) < len(taken):
+        double = Counter(taken.values()).most_common(1)[0][0]
+        folders = _listed(folder for folder, name in taken.items() if name == double)
+        ignore = "name the others in --config.data.ignore"
+        raise UserError(f"{shown} has two {double} folders, {folders}; keep one, or {ignore}")
+    else:
+        for name in sorted(folder_of, key="train".__ne__):  # train first
+            split, where = tree.folders[folder_of[name]], printable(folder_of[name])
+            known = name != "train" and split.folders.keys() & found["train"].folders.keys()
+            found[name] = split = split if known else _unwrapped(split)
+            unlabelled = not known and name != "train" and len(split.folders) == 1
+            unlabelled = unlabelled and re.fullmatch(f"{_AFFIXES}|un.*", _letters(*split.folders))
+            if unlabelled or (split.files and not split.folders):
+                remedy = "sort them into class folders"
+                if name != "train":
+                    remedy += f", or leave them out with --config.data.ignore={where}"
+                raise UserError(f"{shown} holds in {where} {_loose(split)}; {remedy}")
+        if "test" not in found and "validation" in found:
+            found["test"] = found.pop("validation")
+            where = printable(folder_of["validation"])
+            notes.append(f"{where} is the test split, validation is a tenth of each class of train")
+    classes = [folder for split in found.values() for folder in split.folders.values()]
+    if levels := max((folder.levels() for folder in classes), default=0):
+        notes.append(f"folders in class folders, {levels} deep, belong to the class on top")
+    splits = {
+        name: {k: [os.path.relpath(f, root) for f in v.below()] for k, v in split.folders.items()}
+        for name, split in found.items()
+    }
+    missing = [name for name in ("validation", "test") if name not in splits]
+    return splits | _carve(splits["train"], missing), notes
+
+
+def _unwrapped(tree: Tree) -> Tree:
+    """The folder in a folder in a folder that is not the only one in its folder."""
+    while len(tree.folders) == 1:
+        (sole,) = tree.folders.values()
+        if not sole.folders or (sole.files and len(sole.folders) == 1):
+            break
+        tree = sole
+    return tree
+
+
+def _split_names(folders: Iterable[str]) -> dict[str, str]:
+    """The folders that are named like splits, and these. What all begin or end with is no name."""
+    names, found = list(folders), {}
+    start, end = (_beginning([name[::way] for name in names]) for way in (1, -1))
+    for name in names:
+        letters = _letters(name[start : len(name) - end])
+        for split, words in _SPLITS.items():
+            if re.fullmatch(f"{_AFFIXES}({words}){_AFFIXES}", letters):
+                found[name] = split
+    return found
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W\d_]", "", name.casefold())
+
+
+def _beginning(names: list[str]) -> int:
+    """The length of what several names begin with, up to the last character that is no letter."""
+    same = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*names))
+    begins = "".join(chars[0] for chars in same) if len(names) > 1 else ""
+    return len(begins.rstrip(string.ascii_letters))
+
+
+def _refuse_doubt(shown: str, tree: Tree, taken: dict[str, str]) -> None:
+    """Raises UserError where folders may be splits, some or all, rather than classes."""
+    inside = {name: _unwrapped(folder).folders for name, folder in tree.folders.items()}
+    counts = Counter(name for folders in inside.values() for name in folders)
+    same = [name for name, n in counts.items() if n > 1 and 2 * n >= len(inside)]
+    within = [name for name in inside if {"train"} < set(_split_names(inside[name]).values())]
+    nested = any(len(inside[name]) > 1 for name in taken)
+    if not (nested or within or len(set(taken.values())) > 1 or len(same) > 1):
         return
-    folders, files = scan(directory, follow_links)
-    yield from files
-    how: Any = {"follow_links": follow_links, "refuse_loops": refuse_loops, "above": (*above, real)}
-    for entry in folders:
-        yield from walk(entry.path, **how)
+    others = sorted(inside.keys() - taken.keys())
+    text = f"{shown} has the folders {_listed(inside)}"
+    if taken:
+        text += "; " + ", ".join(f"{printable(f)} was taken for {s}" for f, s in taken.items())
+        text += f"; no split is {_listed(others)}" if others else "; none for train"
+    if len(same) > 1:
+        text += f"; most hold the same folders, as splits do ({_listed(same)})"
+    if within:
+        text += f"; splits are in {_listed(within)}, which --config.data.dir may name"
+    ignore = ",".join(map(printable, others[:20])) if taken and others else "NAMES"
+    raise UserError(
+        f"{text}: rename splits to train, validation and test, or leave folders out with "
+        f"--config.data.ignore={ignore}"
+    )
 
 
-def scan(directory: str, follow_links: bool) -> tuple[list[_Entry], list[_Entry]]:
-    """Lists the folders and the files of a directory, without hidden ones, pipes and the like."""
-    folders, files = [], []
-    try:
-        for entry in list(os.scandir(directory)):
-            if entry.name.startswith(".") or entry.name.lower() in IGNORED:
-                continue
-            if entry.is_symlink() and not follow_links:
-                where = printable(entry.path)
-                raise UserError(f"{where} is a link, which config.data.follow_links=False refuses")
-            if entry.is_dir():
-                folders.append(entry)
-            elif entry.is_file() or not os.path.exists(entry.path):
-                files.append(entry)  # a link to nothing, too: an example that can't be read
-    except OSError as error:  # no permission, or a link to itself
-        raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
-    return folders, files
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(map(printable, names))
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _list_classes(directory: str, root: str, follow_links: bool) -> _Split:
-    classes: _Split = {}
-    for folder in scan(directory, follow_links)[0]:
-        classes[folder.name] = files = []
-        for entry in walk(folder.path, follow_links=follow_links):
-            files.append(os.path.relpath(entry.path, root))
-    return classes
+def _loose(tree: Tree) -> str:
+    return f"{sum(1 for _ in tree.below()):,} pictures beside each other, no class folders"
 
 
-def _shuffled(path: str) -> bytes:
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _shuffled(path: str) -> tuple[bytes, str]:
     """Sorting by it shuffles, the same way on any machine and in any listing order."""
-    return hashlib.sha256(os.fsencode(path)).digest()
+    return hashlib.sha256(os.fsencode(_nfc(path))).digest(), path
 
 
-def _carve(train: _Split, held_out: tuple[str, ...]) -> dict[str, _Split]:
+def _carve(train: _Split, held_out: Sequence[str]) -> dict[str, _Split]:
     """Moves a tenth of each class, and at least one file, from train to each held-out split."""
     splits: dict[str, _Split] = {name: {} for name in ("train", *held_out)}
     for label, files in train.items():
@@ -162,10 +333,13 @@ def _check(shown: str, splits: dict[str, _Split]) -> None:
         counts = ", ".join(f"{printable(label)} {len(split[label])}" for label in shortest)
         has = f"{shown} has in {name} {len(split)} classes ({counts or 'no images'})"
         for label in sorted(split):
+            leave = f"or leave it out with --config.data.ignore={printable(label)}"
             if not split[label]:
-                raise UserError(f"{has}; fill or remove the class folder {printable(label)}")
+                raise UserError(
+                    f"{has}; fill or remove the class folder {printable(label)}, {leave}"
+                )
             if label not in train:
-                raise UserError(f"{has}; train has no class {printable(label)}")
+                raise UserError(f"{has}; train has no class {printable(label)}; rename it, {leave}")
         if not split or (name == "train" and len(split) < 2):
             wanted = "two classes or more are needed" if split else "add some"
             raise UserError(f"{has}; {wanted}")

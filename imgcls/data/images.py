@@ -17,9 +17,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from imgcls.errors import BadExampleError, printable
 
 # Nothing else is ever opened: Pillow would hand an EPS file to Ghostscript, for one.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM"]
+NAMES = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, JPEG 2000 or PNM"
+# How the names of pictures end. A phone's MPO and a browser's JFIF are JPEGs.
+ENDINGS = (
+    "jpg jpeg jpe jfif mpo png apng webp bmp dib gif tif tiff avif jp2 j2k jpx ppm pgm pbm pnm"
+)
+ENDINGS += " heic heif hif"
 MAX_PIXELS = 100_000_000  # checked when only the header has been read
-# Larger pictures are halved, and decoded one at a time, because 100 megapixels need up to 1.2 GB.
+# Larger pictures are halved, and decoded one at a time, because 100 megapixels need up to 1.3 GB.
 # One of 25 needs 0.2 GB, or 0.6 GB if it is transparent, in each thread.
 LARGE = 25_000_000
 MAX_SCANS = 100  # of a JPEG, fewer of a large one: each takes as long as a decoding; usual are 10
@@ -27,15 +33,40 @@ MAX_SCANS = 100  # of a JPEG, fewer of a large one: each takes as long as a deco
 BACKGROUND = (255, 255, 255, 255)
 # Another decoder may give other pixels.
 DECODER = f"Pillow {PIL.__version__}, halved above {LARGE}"
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS.append("HEIF")
+    DECODER += f", pillow-heif {pillow_heif.__version__}"
 
 _large = threading.Lock()
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of a JPEG, with a length, or its end
+_HEIC = re.compile(rb".{4}ftyp.{0,56}he[iv][cmsx]", re.DOTALL)
+# Of no pictures. Dots stand within names, too: "Dr. Who", "photo.0001", "photo.jpg!d".
+_OTHER = re.compile(
+    rf"readme|licen[cs]e|copying|notice|manifest|"
+    rf".*\.(?!(?:{ENDINGS.replace(' ', '|')})$)(?=\d*[a-z])[a-z\d]{{1,12}}",
+    re.DOTALL,
+)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file may be a picture by its name: it ends as pictures do, or has no ending."""
+    return not _OTHER.fullmatch(name.lower())
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(width, height) by the header, None where that cannot be read."""
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        return image.size
+    return None
 
 
 def decode_image(
     source: str | os.PathLike[str] | bytes, *, channels: int, name: str = "an image"
 ) -> np.ndarray:
-    """Decodes a picture of one of `FORMATS` (a GIF's first frame), whatever its file is called.
+    """Decodes the first frame of a picture of one of `FORMATS`, whatever its file is called.
 
     EXIF orientation is applied; transparency is composited on `BACKGROUND`; 16-bit gray is scaled
     to 8 bits; colour becomes gray by ITU-R 601 luma (0.299 R + 0.587 G + 0.114 B).
@@ -49,16 +80,19 @@ def decode_image(
         uint8[h, w, channels], not writeable; of half the size where there are over `LARGE` pixels.
 
     Raises:
-        BadExampleError: no such picture, damaged, unreadable, or of more than `MAX_PIXELS` or
-            `MAX_SCANS`.
+        BadExampleError: no such picture, damaged, unreadable, of more than `MAX_PIXELS` (a JPEG
+            2000: half) or `MAX_SCANS`, or of pixels of 32 bits, whose range is unknown.
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
             pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
+            allowed = MAX_PIXELS // (2 if image.format == "JPEG2000" else 1)  # needs most memory
+            if pixels > allowed:
                 size = f"{image.width}x{image.height}"
-                raise Image.DecompressionBombError(f"{size} is over {MAX_PIXELS:,} pixels")
+                raise Image.DecompressionBombError(f"{size} is over {allowed:,} pixels")
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
             if image.format in ("JPEG", "MPO"):
                 scans, most = _count_scans(image.fp), min(MAX_SCANS, 15 * MAX_PIXELS // pixels)
                 if scans > most:
@@ -81,7 +115,10 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
     except Exception:  # an unreadable EXIF block counts as none, as it does in browsers
         pass
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's convert() would clip to white
-        image = Image.fromarray(((np.asarray(image, np.int32) + 128) // 257).astype(np.uint8))
+        gray = np.asarray(image, np.int32)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16")
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     transparent = image.has_transparency_data
     image = _converted(image, "RGBA" if transparent else mode)
@@ -108,10 +145,17 @@ def _count_scans(file: Any) -> int:
     return scans
 
 
+def _head(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(72)
+
+
 def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        empty = not (source if isinstance(source, bytes) else os.path.getsize(source))
-        return "the file is empty" if empty else "not a JPEG, PNG, WebP, BMP or GIF image"
+        head = source if isinstance(source, bytes) else _head(source)
+        if _HEIC.match(head) and "HEIF" not in FORMATS:
+            return "a HEIC image: pip install pillow-heif to read it, or save it as JPEG"
+        return f"not a {NAMES} image" if head else "the file is empty"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(" ".join(text.split()))
 

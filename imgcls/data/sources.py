@@ -16,7 +16,8 @@ class Source(Protocol):
 
     `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
     source that reads many examples faster than one by one also has `read(indices) -> iterable
-    of examples`, which raises at the first bad one.
+    of examples`, which raises at the first bad one. One that found something to say of its
+    examples before training has `describe() -> lines`.
     """
 
     class_names: tuple[str, ...]  # of each label
@@ -32,7 +33,7 @@ SOURCES: dict[str, Callable[..., Any]] = {"digits": open_digits, "image_folder":
 
 
 def open_sources(
-    name: str, *, data_dir: str | None, channels: int, follow_links: bool = True
+    name: str, *, data_dir: str | None, channels: int, **options: Any
 ) -> dict[str, Source]:
     """Opens every split of a dataset: "train", usually "test", and "validation" if it has one.
 
@@ -42,13 +43,13 @@ def open_sources(
         data_dir: the folder of images, or where TFDS keeps its datasets (None: the variable
             TFDS_DATA_DIR, else ~/tensorflow_datasets).
         channels: 1 (gray) or 3 (RGB), of every decoded image.
-        follow_links: False refuses a folder of images that holds symbolic links.
+        options: of a folder of images, see `open_folder`.
 
     Raises:
         UserError: an unknown name, no such folder, damaged data, or no network to download it.
     """
     if name in SOURCES:
-        return SOURCES[name](data_dir=data_dir, channels=channels, follow_links=follow_links)
+        return SOURCES[name](data_dir=data_dir, channels=channels, **options)
     from imgcls.data.tfds import open_tfds  # an import of half a second
 
     return open_tfds(name, data_dir=data_dir, channels=channels, others=tuple(SOURCES))

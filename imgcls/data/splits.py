@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Split:
     ids: Sequence[str] | range
     class_names: tuple[str, ...]
     digests: np.ndarray | None = None  # uint8[N, 32] of the examples, where they are known
+    describe: Callable[[], Sequence[str]] = tuple  # lines on what the source found
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,11 +104,10 @@ def load_splits(
         if not ids:
             raise UserError(f"split {spec!r} has no readable example: mend some of them")
         images, labels, kept, digests = zip(*(d for d in decoded if len(d.kept)))
+        source = sources[parts[0][0]]
         images = [part[: len(rows)] for part, rows in zip(images, kept)]
-        class_names = sources[parts[0][0]].class_names
-        return Split(
-            spec, images, np.concatenate(labels), ids, class_names, np.concatenate(digests)
-        )
+        own = (source.class_names, np.concatenate(digests), getattr(source, "describe", tuple))
+        return Split(spec, images, np.concatenate(labels), ids, *own)
 
     return [load(spec, parts) for spec, parts in [(s, _resolve(s, sources)) for s in specs]]
 

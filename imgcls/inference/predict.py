@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from imgcls.arguments import define_harmless
-from imgcls.data.folder import walk
+from imgcls.data.folder import read_tree
 from imgcls.data.images import decode_image, fit_image
 from imgcls.errors import BadExampleError, UserError, printable
 from imgcls.inference.classifier import Classifier, load
@@ -38,7 +38,7 @@ def find_files(arguments: Iterable[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         if os.path.isdir(argument):
-            found += sorted(entry.path for entry in walk(argument, refuse_loops=False))
+            found += sorted(read_tree([argument], refuse_loops=False).below())
         elif os.path.isfile(argument):
             found.append(argument)
         else:  # reading a pipe could take for ever

@@ -147,6 +147,141 @@ def test_validation_is_carved_from_train_where_there_is_none(tmp_path):
     assert not set(sources["train"].ids) & set(sources["validation"].ids)
 
 
+def spread(*folders: str) -> dict[str, int]:
+    """Two classes of 12 pictures in each folder of splits."""
+    return {f"{folder}/{name}": 12 for folder in folders for name in ("cat", "dog")}
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("Training", None, "Testing"),
+        ("training_set", None, "test_set"),
+        ("Train", "Val", "Test"),
+        ("TRAIN", "valid", "test"),
+        ("train-images", "validation-images", "test-images"),
+        ("trainset", "devset", "testset"),
+        ("images_train", "images_val", "images_test"),
+        ("seg_train/seg_train", None, "seg_test/seg_test"),
+        ("chest_xray/train", "chest_xray/val", "chest_xray/test"),
+        ("archive/data/Training Data", None, "archive/data/Test Data"),
+        ("train/images", "val/images", "test/images"),
+        ("train2017", "val2017", "test2017"),
+        ("birds_train_450", "birds_valid_450", "birds_test_450"),
+    ],
+)
+def test_splits_are_known_by_other_names_and_below_other_folders(train, validation, test, tmp_path):
+    folders = {"train": train, "validation": validation, "test": test}
+    given = {split: folder for split, folder in folders.items() if folder}
+    sources = open_folder(make_folder(tmp_path, spread(*given.values())))
+    assert sources.keys() == folders.keys()
+    assert all(source.class_names == ("cat", "dog") for source in sources.values())
+    for split, folder in given.items():
+        assert all(path.startswith(f"{folder}/") for path in sources[split].ids)
+    assert len(sources["test"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("counts", "words", "ignore"),
+    [
+        (spread("train", "val", "test", "docs"), ["docs", "ignore=docs", "test was"], "docs"),
+        (spread("train", "test") | {"notes": 1, "a b": 1}, ["ignore=a b,notes"], "a b, notes"),
+        (spread("train") | {"docs": 3}, ["train was taken", "docs"], "docs"),
+        (spread("chest/train", "chest/test", "chest/chest/train"), ["ignore=chest"], ""),
+        (spread("seg_train", "seg_test") | {"seg_pred": 9}, ["seg_pred"], "seg_pred"),
+        (spread("rps", "rps-test-set", "validation"), ["no split is rps, rps-test-set;"], ""),
+        (spread("2019", "2020", "2021"), ["2019, 2020, 2021", "most hold the same folders"], ""),
+        (spread("amazon/images", "dslr/images", "webcam/images"), ["amazon", "cat, dog"], ""),
+        (spread("cat", "dog"), ["cat, dog"], ""),
+        (spread("val", "test"), ["none for train"], ""),
+        (spread("data/train", "data/test") | {"docs": 3}, ["in data", "data.dir"], "docs"),
+        (spread("Train", "train1", "test"), ["two train folders", "Train, train1"], "train1"),
+        (spread("train", "test") | {"labels": 0}, ["labels"], "labels"),
+        (spread("train", "val") | {"test": 9}, ["9 pictures", "ignore=test"], "test"),
+        (spread("train", "val") | {"test/unknown": 9}, ["9 pictures", "ignore=test"], "test"),
+        ({"train": 9, "test": 9}, ["in train 9 pictures beside each other"], ""),
+        ({".": 24}, ["24 pictures beside each other, no class folders"], ""),
+        ({"a": 4, "b": 4, "..": 9}, ["9 pictures in no class folder"], ""),
+    ],
+)
+def test_what_may_be_a_split_or_not_is_refused_and_left_out_on_request(
+    counts, words, ignore, tmp_path
+):
+    root = tmp_path / "root"
+    make_folder(root, {"": 0})
+    for folder, count in counts.items():
+        place = root if folder in (".", "..") else root / folder
+        place.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (4, 5), (number, 0, 0)).save(place / f"{number}.png")
+    refusal(lambda: open_folder(root), str(root), *words)
+    if ignore:
+        for source in open_folder(root, ignore=ignore).values():
+            assert source.class_names == ("cat", "dog")
+
+
+def test_a_folder_to_leave_out_must_be_there(tmp_path):
+    make_folder(tmp_path, {"a": 9, "b": 9, "a/raw": 3})
+    sources = open_folder(tmp_path, ignore="raw,")
+    assert sum(map(len, sources.values())) == 18
+    refusal(lambda: open_folder(tmp_path, ignore="raw,rwa"), "data.ignore", "no folder rwa")
+
+
+def test_validation_without_test_is_the_test_split_and_a_line_says_so(tmp_path):
+    sources = open_folder(make_folder(tmp_path, spread("train", "val")))
+    assert {name: len(s) for name, s in sources.items()} == {
+        "train": 22,
+        "test": 24,
+        "validation": 2,
+    }
+    assert all(path.startswith("val/") for path in sources["test"].ids)
+    assert all(path.startswith("train/") for path in sources["validation"].ids)
+    assert [line for line in sources["train"].describe() if "val is the test split" in line]
+
+
+def test_what_is_no_picture_is_left_out_with_a_count_and_moves_none(tmp_path):
+    make_folder(tmp_path, {"a": 30, "b": 30})
+    before = open_folder(tmp_path)
+    for number in range(30):
+        (tmp_path / "a" / f"{number}.json").write_text("{}")
+        make_folder(tmp_path, {f"a/@eaDir/{number}.png": 1})
+    make_folder(tmp_path, {"__MACOSX/a": 2, "b/.thumbnails": 2, "b/.ipynb_checkpoints": 2})
+    for name in ("a/notes.TXT", "b/b.xml", "b/README", "LICENSE", "labels.csv", "clip.mp4"):
+        (tmp_path / name).write_text("x")
+    after = open_folder(tmp_path)
+    for name, source in after.items():
+        assert source.ids == before[name].ids and source.fingerprint == before[name].fingerprint
+    (line,) = (line for line in after["train"].describe() if "left out" in line)
+    for word in ("30 .json", "1 @eaDir/", "1 __MACOSX/", "1 .txt", "1 .xml", "1 .csv", "1 .mp4"):
+        assert word in line
+    assert "pictures of 5x4 to 5x4, median 5x4" in after["train"].describe()
+
+
+def test_nested_folders_belong_to_the_class_on_top_and_a_line_says_how_deep(tmp_path):
+    make_folder(tmp_path, {"a": 5, "b": 5, "b/x/y": 5})
+    sources = open_folder(tmp_path)
+    assert sources["train"].class_names == ("a", "b")
+    assert [line for line in sources["test"].describe() if "2 deep" in line]
+
+
+def test_unicode_normal_forms_of_a_name_are_one_class(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    before = open_folder(make_folder(tmp_path / "linux", {composed: 20, "b": 20}))
+    make_folder(tmp_path / "mac", {apart: 20, "b": 20})
+    shutil.rmtree(tmp_path / "mac" / apart)
+    shutil.copytree(tmp_path / "linux" / composed, tmp_path / "mac" / apart)
+    for name, source in open_folder(tmp_path / "mac").items():
+        assert source.class_names == ("b", composed) and source.ids == before[name].ids
+        assert content(source) == content(before[name])
+    shutil.copytree(tmp_path / "linux" / composed, tmp_path / "mac" / composed)
+    both = open_folder(tmp_path / "mac")
+    every = [path for source in both.values() for path in source.ids]
+    assert len(set(every)) == len(every) == 60
+    assert both["test"].class_names == ("b", composed)
+    split = spread("train") | {f"train/{composed}": 9, f"test/{apart}": 2, "test/cat": 2}
+    assert len(open_folder(make_folder(tmp_path / "splits", split))["test"]) == 4
+
+
 def test_a_folder_named_train_among_classes_is_a_class(tmp_path):
     source = open_folder(make_folder(tmp_path, {"train": 9, "plane": 9}))["train"]
     assert source.class_names == ("plane", "train")
@@ -187,7 +322,7 @@ def test_a_training_class_missing_from_test_is_a_warning(tmp_path, monkeypatch):
     assert len(warnings) == 1 and "test has no image of class b" in warnings[0]
 
 
-def test_hidden_and_desktop_files_are_ignored_and_all_others_listed(tmp_path):
+def test_hidden_files_and_those_of_desktops_and_other_kinds_are_no_examples(tmp_path):
     make_folder(tmp_path, {"a": 5, "b": 5})
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
         (tmp_path / "a" / name).write_text("x")
@@ -197,7 +332,7 @@ def test_hidden_and_desktop_files_are_ignored_and_all_others_listed(tmp_path):
     os.mkfifo(tmp_path / "b" / "pipe.png")
     every = {path for source in open_folder(tmp_path).values() for path in source.ids}
     images = {f"{name}/{number}.png" for name in "ab" for number in range(5)}
-    assert every == images | {"b/notes.txt"}
+    assert every == images
 
 
 def test_an_unreadable_file_is_named_when_it_is_read(tmp_path):
