@@ -17,6 +17,7 @@ from tqdm import tqdm
 from imgcls import config as configs
 from imgcls.data import record
 from imgcls.data.splits import Split
+from imgcls.data.summary import describe
 from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.evaluation.report import SAMPLES, read_run, write_report
@@ -132,9 +133,13 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
     if "validation" not in splits:
         say("validation: none, config.data.validation is empty")
     total_steps = exp.total_steps  # or the reason why there is none
+    weighted = exp.config.task.get("class_weights", "none") != "none"
+    found = interruptibly(lambda: describe(splits, weighted=weighted))
+    say("\n".join(found))
     meta = {
         "class_names": list(exp.class_names),
         "train_examples": len(splits["train"]),
+        "data": found,
         "trained_by": machine.trained_by(),  # where and with what the run was started
         "cpu_kernels": sorted(exp.ops),
         "bits": exp.reproducibility_facts(),

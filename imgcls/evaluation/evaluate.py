@@ -82,7 +82,7 @@ def evaluate(
         "split": examples.name,
         "checkpoint": checkpoint,
         "step": step,
-        **{key: meta[key] for key in ("in_place_of",) if key in meta},  # a damaged checkpoint
+        **{key: meta[key] for key in ("in_place_of", "data") if key in meta},
         "config": configs.chosen(config),
         "epochs": config.train.epochs,
         "seed": config.seed,

@@ -1,0 +1,52 @@
+import logging
+
+import numpy as np
+import pytest
+
+from imgcls.data.splits import Split
+from imgcls.data.summary import describe
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: found.append(text % args))
+    return found
+
+
+def split(*counts: int, **options) -> Split:
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    names = ("ant", "bee", "cat")[: len(counts)]
+    images = np.zeros((len(labels), 2, 2, 1), np.uint8)
+    return Split("train", [images], labels, range(len(labels)), names, **options)
+
+
+def test_it_tells_of_classes_their_sizes_and_what_a_constant_answer_scores(warnings):
+    splits = {"train": split(9, 4, 3, describe=lambda: ["x", "y"]), "test": split(2, 6, 2)}
+    classes, found = describe(splits, weighted=False)
+    for words in ("3 classes", "train 9 of ant, 3 of cat", "test 6 of bee, 2 of", "20.0% of test"):
+        assert words in classes
+    assert "always answering ant" in classes and found == "x; y"
+    assert not warnings
+    assert "test 4 each" in describe({"train": split(5, 5), "test": split(4, 4)}, weighted=False)[0]
+
+
+def test_it_warns_of_rare_classes_and_of_an_imbalance(warnings):
+    splits = {"train": split(41, 4), "test": split(5, 1), "validation": split(5, 0)}
+    describe(splits, weighted=False)
+    text = "\n".join(warnings)
+    assert "test has fewer than 2 examples of bee (1)" in text
+    assert "validation has fewer than 2 examples of bee (0)" in text
+    assert "train has 41 of ant, 4 of bee" in text
+    assert "--config.task.class_weights=balanced" in text
+    warnings.clear()
+    describe({"train": split(41, 4)}, weighted=True)
+    describe({"train": split(40, 4)}, weighted=False)
+    assert not warnings
+
+
+def test_labels_that_are_vectors_have_no_classes_to_count():
+    labels = np.ones((3, 2), np.float32)
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    train = Split("train", [images], labels, range(3), ("a", "b"), describe=lambda: ["x"])
+    assert describe({"train": train}, weighted=False) == ["x"]
