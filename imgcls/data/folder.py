@@ -62,8 +62,8 @@ class FolderSource:
         self._examples = [(os.path.join(root, path), labels[path]) for path in paths]
         self._channels, self._notes = channels, notes
         self.class_names = tuple(map(printable, classes))
-        spelled = Counter(map(_nfc, paths))
-        self.ids = tuple(printable(p if spelled[_nfc(p)] > 1 else _nfc(p)) for p in paths)
+        spelled = Counter(map(nfc, paths))
+        self.ids = tuple(printable(p if spelled[nfc(p)] > 1 else nfc(p)) for p in paths)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -111,23 +111,18 @@ def open_folder(
     shown = printable(root)
     if not os.path.isdir(root):
         raise UserError(f"{shown} is not a directory; name one with --config.data.dir")
-    names = {_nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
+    names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
     left_out: Counter[str] = Counter()
-    tree = read_tree([root], follow_links=follow_links, ignore=names, left_out=left_out)
-    if unknown := sorted(name for name in names if f"{name}/" not in left_out):
-        raise UserError(
-            f"config.data.ignore={printable(ignore)}: {shown} holds no folder "
-            f"{', '.join(map(printable, unknown))}"
-        )
+    tree = read_tree(root, follow_links=follow_links, ignore=names, left_out=left_out)
+    if unknown := [name for name in names if f"{name}/" not in left_out]:
+        raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}")
     splits, notes = _divide(root, shown, tree)
-    _check(shown, splits)
+    check(shown, splits)
     used = sum(len(files) for split in splits.values() for files in split.values())
     left_out["pictures in no class folder"] = loose = sum(1 for _ in tree.below()) - used
     if loose > used:
-        raise UserError(
-            f"{shown} holds {loose:,} pictures in no class folder and only {used:,} in such: sort "
-            "them, or move them to a folder that --config.data.ignore names"
-        )
+        where = f"{loose:,} pictures in no class folder and {used:,} in such"
+        raise UserError(f"{shown} holds {where}: sort or remove the former")
     if told := [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20) if n]:
         notes.append(f"left out: {', '.join(told)}")
     classes = sorted(splits["train"])
@@ -137,61 +132,62 @@ def open_folder(
 
 
 def read_tree(
-    directories: list[str],
+    root: str,
     *,
     follow_links: bool = True,
     refuse_loops: bool = True,
     ignore: Iterable[str] = (),
     left_out: Counter[str] | None = None,
-    above: tuple[Path, ...] = (),
 ) -> Tree:
-    """The pictures below directories, which count as one; hidden files, pipes etc. are no pictures.
+    """The pictures below a folder; hidden files, pipes and the like are none.
+
+    Folders whose names differ in normal form alone count as one.
 
     Args:
-        directories: those of one name, but for its normal form.
+        root: the folder.
         follow_links: False refuses links with a UserError.
         refuse_loops: a link back to a folder around it is refused with a UserError, or left out.
         ignore: names of folders to leave out.
         left_out: counts what is left out, by the ending of files and the name + "/" of folders.
-        above: the directories around them.
     """
     left_out = Counter() if left_out is None else left_out
-    tree, folders = Tree([], {}), dict[str, list[str]]()
-    for directory in directories:
-        real = Path(directory).resolve()
-        if any(folder.is_relative_to(real) for folder in above):
-            if refuse_loops:
-                where = printable(directory)
-                raise UserError(f"{where} links back to a folder around it; remove it")
-            continue
-        above = (*above, real)
-        try:
+
+    def read(directories: list[str], above: tuple[Path, ...]) -> Tree:
+        tree, folders = Tree([], {}), dict[str, list[str]]()
+        for directory in directories:
+            real = Path(directory).resolve()
+            if any(folder.is_relative_to(real) for folder in above):
+                if refuse_loops:
+                    where = printable(directory)
+                    raise UserError(f"{where} links back to a folder around it; remove it")
+                continue
+            above = (*above, real)
             for entry in list(os.scandir(directory)):
-                name, lower = _nfc(entry.name), entry.name.lower()
+                name, lower = nfc(entry.name), entry.name.lower()
                 if name.startswith(".") or lower in IGNORED:
                     continue
                 if (name in ignore or lower in IGNORED_FOLDERS) and entry.is_dir():
                     left_out[f"{name}/"] += 1
-                    continue
-                if entry.is_symlink() and not follow_links:
+                elif entry.is_symlink() and not follow_links:
+                    where = printable(entry.path)
                     raise UserError(
-                        f"{printable(entry.path)} is a link, which config.data.follow_links=False "
-                        "refuses"
+                        f"{where} is a link, which config.data.follow_links=False refuses"
                     )
-                if entry.is_dir():
+                elif entry.is_dir():
                     folders.setdefault(name, []).append(entry.path)
                 elif entry.is_file() or not os.path.exists(entry.path):
                     if is_picture(name):  # a link to nothing, too: one that can't be read
                         tree.files.append(entry.path)
                     else:
                         left_out[os.path.splitext(lower)[1] or name] += 1
-        except OSError as error:  # no permission, or a link to itself
-            raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
-    how: Any = {"follow_links": follow_links, "refuse_loops": refuse_loops}
-    how |= {"ignore": ignore, "left_out": left_out, "above": above}
-    for name, paths in folders.items():
-        tree.folders[name] = read_tree(paths, **how)
-    return tree
+        for name, paths in folders.items():
+            tree.folders[name] = read(paths, above)
+        return tree
+
+    try:
+        return read([root], ())
+    except OSError as error:  # no permission, or a link to itself
+        raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
 
 
 def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[str]]:
@@ -199,7 +195,7 @@ def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[
     tree, notes = _unwrapped(tree), list[str]()
     if tree.files and not tree.folders:
         raise UserError(f"{shown} holds {_loose(tree)}; lay them out as {LAYOUTS}")
-    taken = _split_names(tree.folders)
+    taken = split_names(tree.folders)
     found, folder_of = {"train": tree}, {name: folder for folder, name in taken.items()}
     if "train" not in folder_of or len(taken) < len(tree.folders):
         _refuse_doubt(shown, tree, taken)
@@ -214,16 +210,12 @@ def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[
             known = name != "train" and split.folders.keys() & found["train"].folders.keys()
             found[name] = split = split if known else _unwrapped(split)
             unlabelled = not known and name != "train" and len(split.folders) == 1
-            unlabelled = unlabelled and re.fullmatch(f"{_AFFIXES}|un.*", _letters(*split.folders))
+            unlabelled = unlabelled and re.fullmatch(f"{_AFFIXES}|un.*", letters(*split.folders))
             if unlabelled or (split.files and not split.folders):
                 remedy = "sort them into class folders"
                 if name != "train":
                     remedy += f", or leave them out with --config.data.ignore={where}"
                 raise UserError(f"{shown} holds in {where} {_loose(split)}; {remedy}")
-        if "test" not in found and "validation" in found:
-            found["test"] = found.pop("validation")
-            where = printable(folder_of["validation"])
-            notes.append(f"{where} is the test split, validation is a tenth of each class of train")
     classes = [folder for split in found.values() for folder in split.folders.values()]
     if levels := max((folder.levels() for folder in classes), default=0):
         notes.append(f"folders in class folders, {levels} deep, belong to the class on top")
@@ -231,8 +223,17 @@ def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[
         name: {k: [os.path.relpath(f, root) for f in v.below()] for k, v in split.folders.items()}
         for name, split in found.items()
     }
+    return complete(splits, folder_of.get("validation", ""), notes), notes
+
+
+def complete(splits: dict[str, _Split], validation: str, notes: list[str]) -> dict[str, _Split]:
+    """Makes validation, by the name that it has, the test split where there is none; carves."""
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+        where = printable(validation)
+        notes.append(f"{where} is the test split, validation is a tenth of each class of train")
     missing = [name for name in ("validation", "test") if name not in splits]
-    return splits | _carve(splits["train"], missing), notes
+    return splits | _carve(splits["train"], missing)
 
 
 def _unwrapped(tree: Tree) -> Tree:
@@ -245,19 +246,19 @@ def _unwrapped(tree: Tree) -> Tree:
     return tree
 
 
-def _split_names(folders: Iterable[str]) -> dict[str, str]:
+def split_names(folders: Iterable[str]) -> dict[str, str]:
     """The folders that are named like splits, and these. What all begin or end with is no name."""
     names, found = list(folders), {}
     start, end = (_beginning([name[::way] for name in names]) for way in (1, -1))
     for name in names:
-        letters = _letters(name[start : len(name) - end])
+        core = letters(name[start : len(name) - end])
         for split, words in _SPLITS.items():
-            if re.fullmatch(f"{_AFFIXES}({words}){_AFFIXES}", letters):
+            if re.fullmatch(f"{_AFFIXES}({words}){_AFFIXES}", core):
                 found[name] = split
     return found
 
 
-def _letters(name: str) -> str:
+def letters(name: str) -> str:
     return re.sub(r"[\W\d_]", "", name.casefold())
 
 
@@ -273,7 +274,7 @@ def _refuse_doubt(shown: str, tree: Tree, taken: dict[str, str]) -> None:
     inside = {name: _unwrapped(folder).folders for name, folder in tree.folders.items()}
     counts = Counter(name for folders in inside.values() for name in folders)
     same = [name for name, n in counts.items() if n > 1 and 2 * n >= len(inside)]
-    within = [name for name in inside if {"train"} < set(_split_names(inside[name]).values())]
+    within = [name for name in inside if {"train"} < set(split_names(inside[name]).values())]
     nested = any(len(inside[name]) > 1 for name in taken)
     if not (nested or within or len(set(taken.values())) > 1 or len(same) > 1):
         return
@@ -302,13 +303,13 @@ def _loose(tree: Tree) -> str:
     return f"{sum(1 for _ in tree.below()):,} pictures beside each other, no class folders"
 
 
-def _nfc(name: str) -> str:
+def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
 def _shuffled(path: str) -> tuple[bytes, str]:
     """Sorting by it shuffles, the same way on any machine and in any listing order."""
-    return hashlib.sha256(os.fsencode(_nfc(path))).digest(), path
+    return hashlib.sha256(os.fsencode(nfc(path))).digest(), path
 
 
 def _carve(train: _Split, held_out: Sequence[str]) -> dict[str, _Split]:
@@ -323,7 +324,7 @@ def _carve(train: _Split, held_out: Sequence[str]) -> dict[str, _Split]:
     return splits
 
 
-def _check(shown: str, splits: dict[str, _Split]) -> None:
+def check(shown: str, splits: dict[str, _Split], *, folders: bool = True) -> None:
     """Refuses what can't be trained on or evaluated, with the counts."""
     train = splits["train"]
     if not any(files for split in splits.values() for files in split.values()):
@@ -333,13 +334,12 @@ def _check(shown: str, splits: dict[str, _Split]) -> None:
         counts = ", ".join(f"{printable(label)} {len(split[label])}" for label in shortest)
         has = f"{shown} has in {name} {len(split)} classes ({counts or 'no images'})"
         for label in sorted(split):
-            leave = f"or leave it out with --config.data.ignore={printable(label)}"
+            where = printable(label)
+            leave = f", or leave it out with --config.data.ignore={where}" if folders else ""
             if not split[label]:
-                raise UserError(
-                    f"{has}; fill or remove the class folder {printable(label)}, {leave}"
-                )
+                raise UserError(f"{has}; fill or remove the class folder {where}{leave}")
             if label not in train:
-                raise UserError(f"{has}; train has no class {printable(label)}; rename it, {leave}")
+                raise UserError(f"{has}; train has no class {where}; rename it{leave}")
         if not split or (name == "train" and len(split) < 2):
             wanted = "two classes or more are needed" if split else "add some"
             raise UserError(f"{has}; {wanted}")

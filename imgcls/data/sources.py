@@ -1,4 +1,4 @@
-"""Where examples come from: scikit-learn's digits, a folder of images, or any TFDS dataset.
+"""Where examples come from: scikit-learn's digits, a folder or a table of images, or TFDS.
 
 To add a dataset, write `open_mine(*, channels, data_dir, **_) -> dict[str, Source]` in a file of
 this package and name it in `SOURCES`.
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from imgcls.data.digits import open_digits
 from imgcls.data.folder import open_folder
+from imgcls.data.table import open_table
 
 
 class Source(Protocol):
@@ -29,7 +30,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-SOURCES: dict[str, Callable[..., Any]] = {"digits": open_digits, "image_folder": open_folder}
+SOURCES: dict[str, Callable[..., Any]] = {
+    "digits": open_digits,
+    "image_folder": open_folder,
+    "table": open_table,
+}
 
 
 def open_sources(
@@ -40,10 +45,10 @@ def open_sources(
     Args:
         name: a key of `SOURCES`; anything else is a TFDS dataset, which TFDS downloads on first
             use: "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
-        data_dir: the folder of images, or where TFDS keeps its datasets (None: the variable
-            TFDS_DATA_DIR, else ~/tensorflow_datasets).
+        data_dir: the folder of images, the table's file, or where TFDS keeps its datasets (None:
+            the variable TFDS_DATA_DIR, else ~/tensorflow_datasets).
         channels: 1 (gray) or 3 (RGB), of every decoded image.
-        options: of a folder of images, see `open_folder`.
+        options: of a folder or a table of images, see `open_folder`.
 
     Raises:
         UserError: an unknown name, no such folder, damaged data, or no network to download it.

@@ -4,10 +4,11 @@
                              [--raw] [--json] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
-of the names, without hidden files. With --json a line is {"path", "predictions": [{"class",
-"probability"}, ...]}, the likeliest first, or {"path", "error"} for a file that cannot be read:
-these are named on stderr, the others are still predicted, and the exit code is 2. Probabilities are
-calibrated where `evaluate` fitted a temperature on validation; with --raw they are the network's.
+of the names, without hidden files and those that are no pictures by their names. With --json a line
+is {"path", "predictions": [{"class", "probability"}, ...]}, the likeliest first, or {"path",
+"error"} for a file that cannot be read: these are named on stderr, the others are still predicted,
+and the exit code is 2. Probabilities are calibrated where `evaluate` fitted a temperature on
+validation; with --raw they are the network's.
 """
 
 import json
@@ -38,7 +39,7 @@ def find_files(arguments: Iterable[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         if os.path.isdir(argument):
-            found += sorted(read_tree([argument], refuse_loops=False).below())
+            found += sorted(read_tree(argument, refuse_loops=False).below())
         elif os.path.isfile(argument):
             found.append(argument)
         else:  # reading a pipe could take for ever

@@ -1,0 +1,91 @@
+"""A table of pictures: a CSV file with the columns path, label and, if it divides them, split."""
+
+import csv
+import os
+from typing import Any
+
+from imgcls.data.folder import FolderSource, check, complete, letters, nfc, split_names
+from imgcls.errors import UserError, first_line, printable
+
+COLUMNS = {  # names of a column, of which only the letters count
+    "path": "path file filename filepath image imagepath imagename imageid img id",
+    "label": "label labels class classname category target species breed diagnosis",
+    "split": "split set subset dataset partition",
+}
+LAYOUT = "its first line names the columns path, label and perhaps split"
+
+
+def open_table(
+    *, data_dir: str | None, channels: int, follow_links: bool = True, **_: Any
+) -> dict[str, FolderSource]:
+    """Opens the splits of a table. Paths are relative to its folder, labels number sorted classes.
+
+    Splits are carved where there are none, as in a folder of images.
+
+    Raises:
+        UserError: no such file, column or picture, a picture twice, a row without a label, a name
+            of no split, a link when `follow_links` is False, and as `open_folder`.
+    """
+    if data_dir is None:
+        raise UserError(f"table needs --config.data.dir=FILE.csv; {LAYOUT}")
+    table = os.path.expanduser(data_dir)
+    root, shown, validation = os.path.dirname(table), printable(table), ""
+    splits: dict[str, dict[str, list[str]]] = {}
+    seen, missing = set[str](), list[str]()
+    for line, path, label, split in _read(table, shown):
+        where, file = f"{shown}, line {line}", os.path.join(root, path)
+        if not path or not label:
+            raise UserError(f"{where} lacks a path or a label: complete or remove it")
+        if nfc(path) in seen:
+            raise UserError(f"{where} has {printable(path)} again: keep one line of each picture")
+        if not (name := split_names([split]).get(split)):
+            known = "train, validation or test"
+            raise UserError(f"{where} has the split {printable(split)!r}: write {known}")
+        if not follow_links and os.path.islink(file):
+            raise UserError(f"{where} is a link, which config.data.follow_links=False refuses")
+        if not os.path.isfile(file):
+            missing.append(path)
+        validation = split if name == "validation" else validation
+        seen.add(nfc(path))
+        splits.setdefault(name, {}).setdefault(nfc(label), []).append(path)
+    if missing:
+        raise UserError(
+            f"{shown} has {len(missing):,} of {len(seen):,} files that are not there, the first "
+            f"{printable(missing[0])}: paths are relative to the folder of the table"
+        )
+    if "train" not in splits:
+        raise UserError(f"{shown} has no example of train")
+    notes: list[str] = []
+    splits = complete(splits, validation, notes)
+    check(shown, splits, folders=False)
+    own = (sorted(splits["train"]), channels, notes)
+    return {name: FolderSource(root, split, *own) for name, split in splits.items()}
+
+
+def _read(table: str, shown: str) -> list[tuple[int, str, str, str]]:
+    """Line, path, label and split (train, where no column tells) of each row."""
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
+            header = next(reader, [])
+            rows = [(reader.line_num, row) for row in reader if any(row)]
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{shown} is no CSV file in UTF-8 ({why}); {LAYOUT}") from error
+    names = [letters(name) for name in header]
+    found = {
+        column: [names.index(name) for name in known.split() if name in names]
+        for column, known in COLUMNS.items()
+    }
+    if not found["path"] or not found["label"]:
+        has = ", ".join(map(printable, header[:20]))
+        raise UserError(f"{shown} has the columns {has or 'of an empty file'}; {LAYOUT}")
+    for line, row in rows:
+        if len(row) != len(header):
+            counts = f"{len(row)} values for {len(header)} columns"
+            raise UserError(f"{shown}, line {line} has {counts}: quote values with commas")
+    cell = lambda row, column: row[found[column][0]].strip()
+    split = lambda row: cell(row, "split") if found["split"] else "train"
+    return [(line, cell(row, "path"), cell(row, "label"), split(row)) for line, row in rows]

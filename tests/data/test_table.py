@@ -1,0 +1,94 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from imgcls.data.sources import open_sources
+from tests.data.test_sources import content, make_folder, refusal
+
+
+def open_table(path, **options):
+    return open_sources("table", data_dir=str(path), **{"channels": 3} | options)
+
+
+def write_table(folder: Path, rows, header=("path", "label"), delimiter=",") -> Path:
+    path = folder / "labels.csv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path) -> list[tuple[str, str]]:
+    make_folder(tmp_path, {"cat": 20, "dog": 12})
+    return [
+        (f"{name}/{n}.png", name)
+        for name, count in (("cat", 20), ("dog", 12))
+        for n in range(count)
+    ]
+
+
+def test_a_table_without_splits_is_divided_as_its_folder_is(tmp_path, rows):
+    tables = open_table(write_table(tmp_path, rows))
+    folders = open_sources("image_folder", data_dir=str(tmp_path), channels=3)
+    for name, source in folders.items():
+        assert tables[name].ids == source.ids and tables[name].class_names == ("cat", "dog")
+        assert content(tables[name]) == content(source)
+        assert tables[name].fingerprint == source.fingerprint
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [("Image_ID", "Class Name"), ("filename", "species")])
+def test_columns_go_by_usual_names_in_any_order(header, delimiter, tmp_path, rows):
+    turned = [(label, "more, and more", path) for path, label in rows]
+    header = (header[1], "other", header[0])
+    sources = open_table(write_table(tmp_path, turned, header, delimiter))
+    assert sum(map(len, sources.values())) == 32
+
+
+def test_a_column_of_splits_divides(tmp_path, rows):
+    split = lambda n: ("Training", "Testing", "train", "val")[n % 4]
+    table = write_table(
+        tmp_path, [(*r, split(n)) for n, r in enumerate(rows)], ("path", "label", "Set")
+    )
+    lengths = {name: len(source) for name, source in open_table(table).items()}
+    assert lengths == {"train": 16, "test": 8, "validation": 8}
+    halves = [(*r, ("train", "val")[n % 2]) for n, r in enumerate(rows)]
+    sources = open_table(write_table(tmp_path, halves, ("path", "label", "split")))
+    assert {name: len(s) for name, s in sources.items()} == {
+        "train": 14,
+        "test": 16,
+        "validation": 2,
+    }
+    assert any("val is the test split" in line for line in sources["test"].describe())
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        (("a", "b"), ("x", "y"), ["the columns a, b", "path, label"]),
+        (("path", "label"), ("cat/0.png", "dog"), ["line 34", "cat/0.png again"]),
+        (("path", "label"), ("cat/99.png", "cat"), ["1 of 33 files", "cat/99.png"]),
+        (("path", "label"), ("cat/99.png", " "), ["line 34 lacks"]),
+        (("path", "label"), ("cat/99.png",), ["line 34 has 1 values for 2 columns"]),
+        (("path", "label"), ('"cat', "x", 'y"z'), ["line 34"]),
+        (("split", "path", "label"), ("cat", "cat", "cat"), ["2 values for 3 columns"]),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named_with_its_line(header, row, words, tmp_path, rows):
+    refusal(lambda: open_table(write_table(tmp_path, [*rows, row], header)), "labels.csv", *words)
+
+
+def test_no_table_and_splits_that_are_none_are_refused(tmp_path, rows):
+    refusal(lambda: open_table(tmp_path / "gone.csv"), "gone.csv", "No such file")
+    refusal(lambda: open_table(tmp_path), "Is a directory", "path, label")
+    refusal(lambda: open_table(tmp_path / "cat/0.png"), "0.png", "UTF-8")
+    refusal(lambda: open_sources("table", data_dir=None, channels=3), "--config.data.dir=FILE.csv")
+    for split, words in (("fold 3", ["line 2", "'fold 3'"]), ("test", ["no example of train"])):
+        table = write_table(tmp_path, [(*row, split) for row in rows], ("path", "label", "split"))
+        refusal(lambda table=table: open_table(table), *words)
+    (tmp_path / "empty.csv").touch()
+    refusal(lambda: open_table(tmp_path / "empty.csv"), "empty file")
+    (tmp_path / "cat/0.png").unlink()
+    (tmp_path / "cat/0.png").symlink_to(tmp_path / "cat/1.png")
+    refusal(lambda: open_table(write_table(tmp_path, rows), follow_links=False), "is a link")
