@@ -5,6 +5,7 @@ otherwise. The fields of a model or a task and the keywords of an optimiser or a
 keys, too: their defaults are read from its signature, their meanings from its docstring.
 """
 
+import contextlib
 import inspect
 import json
 import logging
@@ -49,6 +50,12 @@ def _whole(least: int, limit: int = 2**31 - 1) -> Rule:
     return Rule(int, lambda x: least <= x <= limit, f"a whole number from {least} to {limit}")
 
 
+def is_regex(text: str) -> bool:
+    with contextlib.suppress(re.error):
+        return re.compile(text) is not None
+    return False
+
+
 TEXT = Rule(str, lambda x: True, "text")
 NAME = Rule(str, bool, "a name")
 PATH = Rule(str, lambda x: "\0" not in x, "a path")
@@ -69,6 +76,7 @@ CHANNELS = Rule(
     "a number for each channel, as a tuple",
 )
 SEED = Rule(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1")
+REGEX = Rule(str, is_regex, "a regular expression, such as patient_[0-9]+")
 SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
 
 KEYS = {
@@ -94,6 +102,10 @@ KEYS = {
     "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have", True),
     "data.follow_links": Key(True, FLAG, "follow symbolic links in a folder of images"),
     "data.ignore": Key("", TEXT, "names of folders below data.dir to leave out: docs,raw"),
+    "data.group": Key("", REGEX, "what of a path names its patient, video ...: kept in one split"),
+    "data.split_duplicates": Key(
+        "warn", _one_of(("warn", "train")), "near-duplicates across splits: warn, or keep in train"
+    ),
     "data.alternate_flip": Key(False, FLAG, "mirror each image in every second epoch"),
     "task.name": Key("classification", _one_of(TASKS), "the objective"),
     "model.name": Key("cnn", _one_of(MODELS), "the architecture, which has keys of its own"),

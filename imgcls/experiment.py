@@ -325,7 +325,7 @@ def load_config(workdir: Path) -> ConfigDict:
 def open_splits(config: ConfigDict, *names: str) -> list[Split]:
     """The splits that config.data names "train", "validation" or "test", decoded."""
     c = config.data
-    own = {"follow_links": c.follow_links, "ignore": c.ignore}
+    own = {key: c[key] for key in ("follow_links", "ignore", "group", "split_duplicates")}
     sources = open_sources(c.name, data_dir=c.dir or None, channels=c.channels, **own)
     used = [name for name in ("train", "validation", "test") if c[name]]
     check_disjoint(sources, {f"config.data.{name}": c[name] for name in used})

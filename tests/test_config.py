@@ -21,7 +21,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 BEFORE = json.loads((ROOT / "tests/fixtures/configs.json").read_text())
 MUON_ONLY = {"optim.adam_learning_rate"}
 MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
-ADDED = {"task.name", "task.class_weights", "data.ignore"}
+ADDED = {"task.name", "task.class_weights", "data.ignore", "data.group"}
+ADDED |= {"data.split_duplicates"}
 ADDED |= {f"augment.{name}" for name in ("crop_fraction", "erase_probability")}
 ADDED |= {f"augment.rand_augment_{name}" for name in ("magnitude", "layers")}
 # It is to be run to its end on two cores.
@@ -72,6 +73,10 @@ def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (
+            {"data__group": "("},
+            "config.data.group='[(]' must be a regular expression",
+        ),
         (
             {"optim__learning_rate": float("nan")},
             "config.optim.learning_rate=nan must be a number over 0",

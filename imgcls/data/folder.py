@@ -1,18 +1,17 @@
 """A folder of images: `PATH/<class>/*`, or `PATH/{train,validation,test}/<class>/*`."""
 
 import functools
-import hashlib
 import itertools
 import logging
 import os
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imgcls.data.divide import Classes, complete, nfc, shuffled
 from imgcls.data.images import decode_image, hash_files, is_picture, picture_size
 from imgcls.errors import UserError, printable
 
@@ -29,8 +28,6 @@ _SPLITS = {
 }
 _AFFIXES = "(?:the|my|raw|set|split|folder|dir|data|dataset|images?|imgs?|pics|pictures|photos)*"
 LOOKED_AT = 1000  # pictures whose sizes are told
-
-_Split = dict[str, list[str]]  # paths below the root, by class
 
 
 class Tree(NamedTuple):
@@ -53,12 +50,17 @@ class FolderSource:
     """One split of a folder, in the order of the paths' SHA-256. See `data.sources.Source`."""
 
     def __init__(
-        self, root: str, split: _Split, classes: list[str], channels: int, notes: Sequence[str] = ()
+        self,
+        root: str,
+        split: Classes,
+        classes: list[str],
+        channels: int,
+        notes: Sequence[str] = (),
     ):
         """Takes the files of each class, and all classes: a label is an index into these."""
         index = {name: label for label, name in enumerate(classes)}
         labels = {file: index[name] for name, files in split.items() for file in files}
-        paths = sorted(labels, key=_shuffled)
+        paths = sorted(labels, key=shuffled)
         self._examples = [(os.path.join(root, path), labels[path]) for path in paths]
         self._channels, self._notes = channels, notes
         self.class_names = tuple(map(printable, classes))
@@ -90,7 +92,12 @@ class FolderSource:
 
 
 def open_folder(
-    *, data_dir: str | None, channels: int, follow_links: bool = True, ignore: str = "", **_: Any
+    *,
+    data_dir: str | None,
+    channels: int,
+    follow_links: bool = True,
+    ignore: str = "",
+    **divide: Any,
 ) -> dict[str, FolderSource]:
     """Opens the splits of a folder of images. Labels number the sorted names of class folders.
 
@@ -98,7 +105,7 @@ def open_folder(
     that are named like splits, and nothing else next to them, tell the layout with splits. Where
     there is no test, but validation, that is the test split. Other splits are carved: a tenth of
     each class of train. The SHA-256 of a file's path below PATH decides; a class of one or two
-    files stays in train.
+    files stays in train. `divide`: see `complete`.
 
     Raises:
         UserError: No such folder, no images, one class, an empty class or split, a class that train
@@ -116,13 +123,15 @@ def open_folder(
     tree = read_tree(root, follow_links=follow_links, ignore=names, left_out=left_out)
     if unknown := [name for name in names if f"{name}/" not in left_out]:
         raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}")
-    splits, notes = _divide(root, shown, tree)
+    given, validation, nested = _divided(root, shown, tree)
+    splits, notes = complete(root, given, validation, **divide)
     check(shown, splits)
     used = sum(len(files) for split in splits.values() for files in split.values())
     left_out["pictures in no class folder"] = loose = sum(1 for _ in tree.below()) - used
     if loose > used:
         where = f"{loose:,} pictures in no class folder and {used:,} in such"
         raise UserError(f"{shown} holds {where}: sort or remove the former")
+    notes += nested
     if told := [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20) if n]:
         notes.append(f"left out: {', '.join(told)}")
     classes = sorted(splits["train"])
@@ -190,8 +199,8 @@ def read_tree(
         raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
 
 
-def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[str]]:
-    """The splits of a folder, carved where there are none, and what to say of them."""
+def _divided(root: str, shown: str, tree: Tree) -> tuple[dict[str, Classes], str, list[str]]:
+    """The splits that a folder has, how it calls validation, and what to say of them."""
     tree, notes = _unwrapped(tree), list[str]()
     if tree.files and not tree.folders:
         raise UserError(f"{shown} holds {_loose(tree)}; lay them out as {LAYOUTS}")
@@ -223,17 +232,7 @@ def _divide(root: str, shown: str, tree: Tree) -> tuple[dict[str, _Split], list[
         name: {k: [os.path.relpath(f, root) for f in v.below()] for k, v in split.folders.items()}
         for name, split in found.items()
     }
-    return complete(splits, folder_of.get("validation", ""), notes), notes
-
-
-def complete(splits: dict[str, _Split], validation: str, notes: list[str]) -> dict[str, _Split]:
-    """Makes validation, by the name that it has, the test split where there is none; carves."""
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-        where = printable(validation)
-        notes.append(f"{where} is the test split, validation is a tenth of each class of train")
-    missing = [name for name in ("validation", "test") if name not in splits]
-    return splits | _carve(splits["train"], missing)
+    return splits, folder_of.get("validation", ""), notes
 
 
 def _unwrapped(tree: Tree) -> Tree:
@@ -303,28 +302,7 @@ def _loose(tree: Tree) -> str:
     return f"{sum(1 for _ in tree.below()):,} pictures beside each other, no class folders"
 
 
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _shuffled(path: str) -> tuple[bytes, str]:
-    """Sorting by it shuffles, the same way on any machine and in any listing order."""
-    return hashlib.sha256(os.fsencode(nfc(path))).digest(), path
-
-
-def _carve(train: _Split, held_out: Sequence[str]) -> dict[str, _Split]:
-    """Moves a tenth of each class, and at least one file, from train to each held-out split."""
-    splits: dict[str, _Split] = {name: {} for name in ("train", *held_out)}
-    for label, files in train.items():
-        files = sorted(files, key=_shuffled)
-        tenth = max(1, (len(files) + 5) // 10) if len(files) >= 3 else 0
-        for name in reversed(held_out if tenth else ()):
-            files, splits[name][label] = files[:-tenth], files[-tenth:]
-        splits["train"][label] = files
-    return splits
-
-
-def check(shown: str, splits: dict[str, _Split], *, folders: bool = True) -> None:
+def check(shown: str, splits: dict[str, Classes], *, folders: bool = True) -> None:
     """Refuses what can't be trained on or evaluated, with the counts."""
     train = splits["train"]
     if not any(files for split in splits.values() for files in split.values()):

@@ -4,7 +4,8 @@ import csv
 import os
 from typing import Any
 
-from imgcls.data.folder import FolderSource, check, complete, letters, nfc, split_names
+from imgcls.data.divide import Classes, complete, nfc
+from imgcls.data.folder import FolderSource, check, letters, split_names
 from imgcls.errors import UserError, first_line, printable
 
 COLUMNS = {  # names of a column, of which only the letters count
@@ -16,7 +17,12 @@ LAYOUT = "its first line names the columns path, label and perhaps split"
 
 
 def open_table(
-    *, data_dir: str | None, channels: int, follow_links: bool = True, **_: Any
+    *,
+    data_dir: str | None,
+    channels: int,
+    follow_links: bool = True,
+    ignore: str = "",
+    **divide: Any,
 ) -> dict[str, FolderSource]:
     """Opens the splits of a table. Paths are relative to its folder, labels number sorted classes.
 
@@ -30,7 +36,7 @@ def open_table(
         raise UserError(f"table needs --config.data.dir=FILE.csv; {LAYOUT}")
     table = os.path.expanduser(data_dir)
     root, shown, validation = os.path.dirname(table), printable(table), ""
-    splits: dict[str, dict[str, list[str]]] = {}
+    splits: dict[str, Classes] = {}
     seen, missing = set[str](), list[str]()
     for line, path, label, split in _read(table, shown):
         where, file = f"{shown}, line {line}", os.path.join(root, path)
@@ -55,8 +61,7 @@ def open_table(
         )
     if "train" not in splits:
         raise UserError(f"{shown} has no example of train")
-    notes: list[str] = []
-    splits = complete(splits, validation, notes)
+    splits, notes = complete(root, splits, validation, **divide)
     check(shown, splits, folders=False)
     own = (sorted(splits["train"]), channels, notes)
     return {name: FolderSource(root, split, *own) for name, split in splits.items()}

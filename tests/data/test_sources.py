@@ -257,6 +257,70 @@ def test_what_is_no_picture_is_left_out_with_a_count_and_moves_none(tmp_path):
     assert "pictures of 5x4 to 5x4, median 5x4" in after["train"].describe()
 
 
+def photographs(count: int, seed: int = 0) -> list[Image.Image]:
+    """Smooth pictures, all different."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 6, 8, 3), np.uint8)
+    return [Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC) for pixels in coarse]
+
+
+def test_near_duplicates_stay_in_train_on_request(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(photographs(30, seed)):
+            picture.save(tmp_path / name / f"{number}.png")
+            if number % 2:
+                picture.resize((40, 30)).save(tmp_path / name / f"copy of {number}.jpg", quality=60)
+    (tmp_path / "a" / "torn.jpg").write_bytes(b"x")
+    before = open_folder(tmp_path)
+
+    def torn(sources) -> int:
+        places = {}
+        for name, source in sources.items():
+            for path in source.ids:
+                key = path.replace("copy of ", "").partition(".")[0]
+                places.setdefault(key, set()).add(name)
+        return sum(len(found) > 1 for found in places.values())
+
+    after = open_folder(tmp_path, split_duplicates="train")
+    assert torn(before) > 0 == torn(after)
+    assert sum(map(len, after.values())) == 91
+    assert min(map(len, after.values())) > 0
+    assert set(before["train"].ids) <= set(after["train"].ids)
+    assert any("near-duplicates are in train" in line for line in after["test"].describe())
+    given = make_folder(
+        tmp_path / "given", {f"{s}/{c}": 9 for s in ("train", "test") for c in "ab"}
+    )
+    assert len(open_folder(given, split_duplicates="train")["test"]) == 18
+
+
+@pytest.mark.parametrize("group", ["patient[0-9]+", "_(patient[0-9]+)_"])
+def test_files_of_a_group_come_into_one_split(group, tmp_path):
+    counts = {"ill": 120, "well": 80, "rare": 2}
+    make_folder(tmp_path, counts)
+    for name, count in counts.items():
+        for number in range(count):
+            where = tmp_path / name / f"{number}.png"
+            where.rename(where.with_name(f"scan_patient{number % 40}_{number}.png"))
+    sources = open_folder(tmp_path, group=group)
+    people = {k: {path.split("_")[1] for path in s.ids} for k, s in sources.items()}
+    assert not people["train"] & people["test"] and not people["test"] & people["validation"]
+    assert not people["train"] & people["validation"]
+    for name in ("validation", "test"):
+        found = Counter(path.split("/")[0] for path in sources[name].ids)
+        assert 12 <= found["ill"] <= 15 and 8 <= found["well"] <= 10
+    assert sum(map(len, sources.values())) == 202
+    assert any("40 groups, 0 of them in several" in line for line in sources["train"].describe())
+    again = open_folder(tmp_path, group=group)
+    assert all(again[name].ids == source.ids for name, source in sources.items())
+
+
+def test_groups_that_given_splits_tear_are_counted(tmp_path):
+    make_folder(tmp_path, {f"{split}/{name}": 9 for split in ("train", "test") for name in "ab"})
+    sources = open_folder(tmp_path, group="[0-9]+")
+    assert any("9 groups, 9 of them in several" in line for line in sources["train"].describe())
+
+
 def test_nested_folders_belong_to_the_class_on_top_and_a_line_says_how_deep(tmp_path):
     make_folder(tmp_path, {"a": 5, "b": 5, "b/x/y": 5})
     sources = open_folder(tmp_path)

@@ -6,6 +6,8 @@ import pytest
 from imgcls.data.splits import Split
 from imgcls.data.summary import describe
 
+RNG = np.random.default_rng(0)
+
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
@@ -17,7 +19,7 @@ def warnings(monkeypatch) -> list[str]:
 def split(*counts: int, **options) -> Split:
     labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     names = ("ant", "bee", "cat")[: len(counts)]
-    images = np.zeros((len(labels), 2, 2, 1), np.uint8)
+    images = RNG.integers(0, 256, (len(labels), 8, 8, 1), np.uint8)
     return Split("train", [images], labels, range(len(labels)), names, **options)
 
 
@@ -50,3 +52,14 @@ def test_labels_that_are_vectors_have_no_classes_to_count():
     images = np.zeros((3, 2, 2, 1), np.uint8)
     train = Split("train", [images], labels, range(3), ("a", "b"), describe=lambda: ["x"])
     assert describe({"train": train}, weighted=False) == ["x"]
+
+
+def test_it_warns_of_near_duplicates_across_splits(warnings):
+    splits = {"train": split(9, 9), "test": split(5, 5)}
+    describe(splits, weighted=False)
+    assert not warnings
+    splits["test"].parts[0][[3, 7]] = splits["train"].parts[0][[2, 2]] // 2 * 2
+    describe(splits, weighted=False)
+    (text,) = warnings
+    assert "2 of test are near-duplicates of train, such as 3 and 2" in text
+    assert "split_duplicates=train" in text
