@@ -123,17 +123,20 @@ def open_folder(
     tree = read_tree(root, follow_links=follow_links, ignore=names, left_out=left_out)
     if unknown := [name for name in names if f"{name}/" not in left_out]:
         raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}")
+    pictures = sum(1 for _ in tree.below())
+    told = [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20)]
+    if not pictures:
+        others = f" ({', '.join(told)})" if told else ""
+        raise UserError(f"{shown} holds no images{others}; it must be laid out as {LAYOUTS}")
     given, validation, nested = _divided(root, shown, tree)
     splits, notes = complete(root, given, validation, **divide)
     check(shown, splits)
     used = sum(len(files) for split in splits.values() for files in split.values())
-    left_out["pictures in no class folder"] = loose = sum(1 for _ in tree.below()) - used
+    if loose := pictures - used:
+        told.append(f"{loose:,} pictures in no class folder")
     if loose > used:
-        where = f"{loose:,} pictures in no class folder and {used:,} in such"
-        raise UserError(f"{shown} holds {where}: sort or remove the former")
-    notes += nested
-    if told := [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20) if n]:
-        notes.append(f"left out: {', '.join(told)}")
+        raise UserError(f"{shown} holds {told[-1]} and {used:,} in such: sort or remove the former")
+    notes += [*nested, *([f"left out: {', '.join(told)}"] if told else [])]
     classes = sorted(splits["train"])
     return {
         name: FolderSource(root, split, classes, channels, notes) for name, split in splits.items()
@@ -288,8 +291,8 @@ def _refuse_doubt(shown: str, tree: Tree, taken: dict[str, str]) -> None:
         text += f"; splits are in {_listed(within)}, which --config.data.dir may name"
     ignore = ",".join(map(printable, others[:20])) if taken and others else "NAMES"
     raise UserError(
-        f"{text}: rename splits to train, validation and test, or leave folders out with "
-        f"--config.data.ignore={ignore}"
+        f"{text}: rename splits to train, validation and test, leave folders out with "
+        f"--config.data.ignore={ignore}, or list the pictures in a CSV for --config.data.name=table"
     )
 
 
@@ -305,8 +308,6 @@ def _loose(tree: Tree) -> str:
 def check(shown: str, splits: dict[str, Classes], *, folders: bool = True) -> None:
     """Refuses what can't be trained on or evaluated, with the counts."""
     train = splits["train"]
-    if not any(files for split in splits.values() for files in split.values()):
-        raise UserError(f"{shown} holds no images; it must be laid out as {LAYOUTS}")
     for name, split in splits.items():
         shortest = sorted(split, key=lambda label: (len(split[label]), label))[:20]
         counts = ", ".join(f"{printable(label)} {len(split[label])}" for label in shortest)
@@ -319,7 +320,7 @@ def check(shown: str, splits: dict[str, Classes], *, folders: bool = True) -> No
             if label not in train:
                 raise UserError(f"{has}; train has no class {where}; rename it{leave}")
         if not split or (name == "train" and len(split) < 2):
-            wanted = "two classes or more are needed" if split else "add some"
+            wanted = "two classes or more are needed, each in its folder" if split else "add some"
             raise UserError(f"{has}; {wanted}")
         for label in sorted(train.keys() - split.keys()):
             logging.warning("%s: %s has no image of class %s", shown, name, printable(label))
