@@ -175,7 +175,8 @@ def test_a_crop_is_a_rectangle_of_the_image_enlarged():
     y, x = (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width
     ramps = np.stack(np.broadcast_arrays(y[:, None], x[None], 0.0), -1).astype(np.float32)
     images = jnp.asarray(np.broadcast_to(ramps, (512, *ramps.shape)))
-    got = np.asarray(augment.crop(KEY, images, jnp.zeros((512, 1)), fraction)[0])
+    crop = jax.jit(augment.crop, static_argnums=3)
+    got = np.asarray(crop(KEY, images, jnp.zeros((512, 1)), fraction)[0])
     # Inside, away from the half pixel at the edges that reflects, coordinates stay linear.
     tall = (got[:, -2, 2, 0] - got[:, 1, 2, 0]) * height / (height - 3)
     wide = (got[:, 2, -2, 1] - got[:, 2, 1, 1]) * width / (width - 3)
@@ -186,6 +187,7 @@ def test_a_crop_is_a_rectangle_of_the_image_enlarged():
     assert np.ptp(got[:, 1, 2, 0][area < 0.4]) > 0.3  # anywhere
 
 
+operate = jax.jit(augment.operate)  # one program is quicker to compile than each operation
 PILLOW = {
     "brightness": lambda image, level: ImageEnhance.Brightness(image).enhance(1 + 0.9 * level),
     "color": lambda image, level: ImageEnhance.Color(image).enhance(1 + 0.9 * level),
@@ -205,7 +207,7 @@ def test_operations_on_colours_are_pillows(level):
     pixels = pixels.round().astype(np.uint8)
     which = jnp.array([augment.OPERATIONS.index(name) for name in PILLOW])
     images = jnp.asarray(np.broadcast_to(pixels / 255, (len(PILLOW), *pixels.shape)), jnp.float32)
-    got = 255 * np.asarray(augment.operate(images, which, jnp.full(len(PILLOW), level)))
+    got = 255 * np.asarray(operate(images, which, jnp.full(len(PILLOW), level)))
     for name, result in zip(PILLOW, got):
         expected = np.asarray(PILLOW[name](Image.fromarray(pixels), level), np.float32)
         # Pillow rounds its gray, its blur and each result; equalising, it divides whole numbers.
@@ -220,7 +222,7 @@ def test_operations_that_move_pixels_move_them_by_what_they_say():
     y, x = (np.broadcast_to(a, (size, size)) for a in np.mgrid[:size, :size] / (size - 1))
     images = np.broadcast_to(np.stack([y, x, 0 * x], -1), (5, size, size, 3)).astype(np.float32)
     which = jnp.array([augment.OPERATIONS.index(name) for name in names])
-    got = np.asarray(augment.operate(jnp.asarray(images), which, jnp.full(5, 0.5)))
+    got = np.asarray(operate(jnp.asarray(images), which, jnp.full(5, 0.5)))
     down, right = ((got[..., i] - images[..., i]) * (size - 1) for i in (0, 1))
     # One pixel below and to the right of the centre.
     corner = (slice(None), middle + 1, middle + 1)
@@ -233,7 +235,8 @@ def test_operations_that_move_pixels_move_them_by_what_they_say():
 
 def test_rand_augment_draws_every_operation_with_either_sign():
     images = jnp.full((2000, 3, 3, 3), 0.5)
-    got = augment.rand_augment(KEY, images, jnp.zeros((2000, 1)), 5.0, rand_augment_layers=1)[0]
+    one = jax.jit(partial(augment.rand_augment, rand_augment_layers=1), static_argnums=3)
+    got = one(KEY, images, jnp.zeros((2000, 1)), 5.0)[0]
     values, counts = np.unique(np.asarray(got)[:, 1, 1, 0].round(3), return_counts=True)
     # Of a flat gray, only brightness, solarizing and posterizing (128 to 0.502) change the value.
     shares = {round(float(value), 3): count / 2000 for value, count in zip(values, counts)}
@@ -243,7 +246,8 @@ def test_rand_augment_draws_every_operation_with_either_sign():
 
 def test_erasing_fills_a_rectangle_of_the_papers_area_with_noise():
     images = jnp.full((400, 40, 40, 3), -1.0)
-    got = np.asarray(augment.erase(KEY, images, jnp.zeros((400, 1)), 0.5)[0])
+    erase = jax.jit(augment.erase, static_argnums=3)
+    got = np.asarray(erase(KEY, images, jnp.zeros((400, 1)), 0.5)[0])
     erased = (got >= 0).all(-1)
     touched = erased.any((1, 2))
     assert touched.mean() == pytest.approx(0.5, abs=0.1)

@@ -36,7 +36,12 @@ def random_split(config, examples=4, classes=10):
     return Split("random", [images], labels, [str(i) for i in range(examples)], names)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("cifar10", "digits", "image_folder")  # what the others differ in is checked with them
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CONFIGS]
+)
 def test_every_config_takes_a_finite_step(name, monkeypatch):
     monkeypatch.setitem(resnet.STAGES, 18, ((1, 1, 1, 1), False))
     config = importlib.import_module(f"configs.{name}").get_config()

@@ -23,6 +23,7 @@ def tables_as_before():
         table.update(entries)
 
 
+@pytest.mark.slow
 def test_every_block_of_the_document_trains(tmp_path, monkeypatch, tables_as_before):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -104,7 +104,10 @@ def test_twenty_kills_change_nothing(uninterrupted, tmp_path):
     assert final_arrays(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "sent, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
     config = small_config(**LONGER)
     process = start(tmp_path, config)
@@ -167,7 +170,9 @@ def test_a_signal_while_a_dataset_is_being_prepared(tmp_path, monkeypatch):
     assert "stopped by SIGTERM: nothing to save yet" in printed
 
 
-@pytest.mark.parametrize("moment", ["train: 200 examples", "compiling"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("train: 200 examples", marks=pytest.mark.slow), "compiling"]
+)
 def test_a_signal_before_the_first_step_says_that_there_is_nothing_to_save(tmp_path, moment):
     process = start(tmp_path, small_config())
     read_until(process, moment)
@@ -223,6 +228,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupte
     assert final_arrays(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(uninterrupted, tmp_path):
     process = start(tmp_path, small_config(**LONGER), stderr=subprocess.DEVNULL)
     process.stdout.readline()
@@ -231,6 +237,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(uninterrupted, tmp_path):
     assert final_arrays(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_the_surroundings_do_not_matter(uninterrupted, tmp_path, monkeypatch):
     environment = as_users() | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT / 'configs/digits.py'}"]

@@ -24,6 +24,7 @@ FLAGS = ["--config=configs/digits.py", *flags_of(RUN)]
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 
 
+@pytest.mark.slow
 def test_a_call_that_goes_wrong_is_counted_and_seen(tmp_path):
     with Faults(tmp_path) as faults:
         code, calls, _ = faults.run(FLAGS, tmp_path / "run", 1, "kill")

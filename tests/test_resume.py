@@ -86,6 +86,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(without_co
     assert len((tmp_path / "metrics.jsonl").read_bytes()) > len(before)
 
 
+@pytest.mark.slow
 def test_on_two_devices_then_one_then_two_only_the_last_bits_differ(tmp_path, monkeypatch):
     given, train_batch = [], Experiment.train_batch
 
@@ -193,7 +194,7 @@ def test_the_number_of_openmp_threads_is_that_of_the_first_session(request):
 
 
 def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
-    rows = [{"step": step, "split": "train", "loss": 1.0} for step in (3, 5, 6)]
+    rows = [{"step": s, "epoch": s / 5, "split": "train", "loss": 1.0} for s in (3, 5, 6)]
     rows.insert(2, rows[1] | {"split": "validation"})  # step 5 was saved before it was validated
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "spl')

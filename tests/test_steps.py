@@ -70,7 +70,10 @@ def test_only_images_marked_so_are_mirrored():
     np.testing.assert_array_equal(images[~marks], plain[~marks])
 
 
-@pytest.mark.parametrize("model, fields", [("cnn", {"widths": (8, 16)}), ("mlp", {})])
+@pytest.mark.parametrize(
+    "model, fields",
+    [pytest.param("cnn", {"widths": (8, 16)}, marks=pytest.mark.slow), ("mlp", {})],
+)
 def test_loss_goes_to_zero_on_one_batch(model, fields):
     _, state, step = setup(tx=optax.adam(1e-2), model=model, **fields)
     step = jax.jit(step)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imgcls.errors import DivergedError
 from imgcls.evaluation.scores import score
 from imgcls.task import Classification, balanced_weights
 
@@ -50,5 +51,5 @@ def test_of_another_task_the_means_of_its_figures_are_the_scores():
     found = score(Halves(), np.asarray(LOGITS), labels, "abc")
     assert found == {"examples": 2, "figures": ["loss", "right"], "loss": 2.0, "right": 0.5}
     assert score(Classification(), np.asarray(LOGITS), labels, "abc")["figures"] == ["loss", "top1"]
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         score(Halves(), np.full_like(LOGITS, np.inf), labels, "abc")
