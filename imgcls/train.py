@@ -164,6 +164,7 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
         machine.check_reproducible(saved.get("bits", {}), bits)
         by = machine.trained_by(saved.get("trained_by"))
         meta = saved | {"cpu_kernels": sorted(exp.ops), "bits": bits, "trained_by": by}
+        meta["data"] = found
     else:
         state = interruptibly(interruptibly(exp.compile_init))
     dtype, wanted = exp.model.dtype.name, exp.config.model.dtype
@@ -349,7 +350,8 @@ def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
         say(f"already finished, nothing to do: see {workdir / 'results.json'}")
         return
     if checkpoint == "best":
-        state, meta = run.checkpoints.restore("best", run.exp.state_target())
+        state, best = run.checkpoints.restore("best", run.exp.state_target())
+        meta = best | {"data": meta["data"]}  # which tells of test, too
 
     def poll() -> None:
         if run.stop_agreed():
