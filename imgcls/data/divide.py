@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from imgcls.data.images import decode_image, fit_image
-from imgcls.errors import BadExampleError, printable
+from imgcls.errors import BadExampleError, UserError, printable
 from imgcls.run import machine
 from imgcls.run.logs import progress
 
@@ -69,6 +69,11 @@ def complete(
             for part in splits.values()
             for key in {grouped(f) for fs in part.values() for f in fs}
         )
+        if empty := [name for name in carved if not splits[name]]:
+            raise UserError(
+                f"config.data.group={printable(group)} makes {len(several):,} groups of the "
+                f"pictures, too few to leave one for {empty[0]}: name smaller ones"
+            )
         torn = sum(n > 1 for n in several.values())
         notes.append(f"{len(several):,} groups, {torn:,} of them in several splits")
     return splits, notes

@@ -315,6 +315,11 @@ def test_files_of_a_group_come_into_one_split(group, tmp_path):
     assert all(again[name].ids == source.ids for name, source in sources.items())
 
 
+def test_groups_too_large_to_divide_are_refused(tmp_path):
+    make_folder(tmp_path, {"a": 9, "b": 9})
+    refusal(lambda: open_folder(tmp_path, group="[ab]/"), "config.data.group", "2 groups")
+
+
 def test_groups_that_given_splits_tear_are_counted(tmp_path):
     make_folder(tmp_path, {f"{split}/{name}": 9 for split in ("train", "test") for name in "ab"})
     sources = open_folder(tmp_path, group="[0-9]+")
