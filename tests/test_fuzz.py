@@ -86,8 +86,8 @@ def reported(runs):
     [
         (compared, 97),
         (reported, 211),
-        pytest.param(compared, 2, marks=pytest.mark.slow),
-        pytest.param(reported, 7, marks=pytest.mark.slow),
+        pytest.param(compared, 7, marks=pytest.mark.slow),
+        pytest.param(reported, 23, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("name", ["results.json", "config.json"])

@@ -65,7 +65,8 @@ def read_run(workdir: str | Path) -> Run:
         results = json.loads(content)
         shape = (results["examples"], len(results["class_names"]))
         path = workdir / "predictions.npz"
-        with np.load(path, allow_pickle=False) as saved:
+        # Read as a whole, because zipfile takes an error of the disk for a broken file.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
             logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
         if not (logits.shape == shape and labels.shape[:1] == ids.shape == shape[:1]):
             raise ValueError("its shapes are not those of results.json")
