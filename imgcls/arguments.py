@@ -22,7 +22,7 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
         return None
     path, _, model = given[-1].partition("=")[2].partition(":")
     if not Path(path).is_file():
-        there = [str(file) for file in Path(path).parent.glob("*.py")]
+        there = [str(f) for place in (Path(path).parent, Path("configs")) for f in place.glob("*.py")]
         near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
         raise UserError(f"--config={path} does not exist: {near}")
     try:

@@ -230,7 +230,10 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
         _check(key, value, keys[key].rule)
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != flat["data.channels"]:
-            raise UserError(f"config.{key}={flat[key]}: give one number for each of the channels")
+            raise UserError(
+                f"config.{key}={flat[key]} must have a number for each of the "
+                f"config.data.channels={flat['data.channels']}"
+            )
     if flat["eval.checkpoint"] == "best" and not flat["data.validation"]:
         raise UserError("config.eval.checkpoint=best needs a config.data.validation to be best on")
     for key in ("optim.warmup_epochs", "train.small_epochs"):

@@ -84,9 +84,9 @@ def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
         ({"train__batch_size": -8}, "config.train.batch_size=-8 must be a whole number"),
         ({"data__image_size": (8, -8)}, "config.data.image_size"),
         ({"data__image_size": (8,)}, "config.data.image_size"),
-        ({"data__mean": (0.1, 0.2)}, "one number for each of the channels"),
+        ({"data__mean": (0.1, 0.2)}, "a number for each of the config.data.channels"),
         ({"data__std": (0.0,)}, "config.data.std"),
-        ({"data__std": ()}, "one number for each of the channels"),
+        ({"data__std": ()}, "a number for each of the config.data.channels"),
         ({"data__mean": ("half",)}, "config.data.mean"),
         ({"data__mean": (np.float32(0.5),)}, "config.data.mean"),  # json has no such number
         ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),

@@ -68,6 +68,7 @@ def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
         ([DIGITS, "--workdir=w", "--wrkdir=x"], "no flag --wrkdir: did you mean --workdir?"),
         ([DIGITS, "--workdir=w", "stray"], "unexpected argument 'stray'"),
         (["--config=configs/nothing.py", "--workdir=w"], "configs/nothing.py"),
+        (["--config=digits", "--workdir=w"], "did you mean --config=configs/digits.py?"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
