@@ -22,8 +22,12 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
         return None
     path, _, model = given[-1].partition("=")[2].partition(":")
     if not Path(path).is_file():
-        there = [str(f) for place in (Path(path).parent, Path("configs")) for f in place.glob("*.py")]
-        near = did_you_mean(path, there, "--config=") or "name a file with get_config()"
+        there = [*Path(path).parent.glob("*.py"), *Path("configs").glob("*.py")]
+        same = [file for file in there if file.stem == Path(path).stem]
+        near = (
+            did_you_mean(path, map(str, same[:1] or there), "--config=")
+            or "name a file with get_config()"
+        )
         raise UserError(f"--config={path} does not exist: {near}")
     try:
         return runpy.run_path(path)["get_config"](*([model] if model else []))
