@@ -19,6 +19,7 @@ from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
 from imgcls.tuning.sweep import start
 from imgcls.tuning.worker import AtWork, Child, check
+from tests.evaluation.browser import CHROMIUM, Browser
 from tests.helpers import ROOT, as_users, flags_of, small_config
 from tests.test_train import without_times
 
@@ -228,6 +229,27 @@ def test_tpe_is_a_function_of_the_trials_so_far(tmp_path):
     assert ran[0] == ran[1] and len(ran[0]) == 20
     rates = [abs(np.log10(p["optim.learning_rate"] / 0.01)) for p in ran[0][1:]]
     assert np.median(rates[9:]) < np.median(rates[:9])  # it has learned where to look
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("trials", [2, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_page_in_a_browser(tmp_path, trials):
+    space = RATES | {"model": [{"model.name": "mlp"}, {"model.name": "cnn", "model.widths": [[4]]}]}
+    s = plan(tmp_path, space, trials=trials, rungs=(2,), seeds=3)
+    hopeless = lambda job: s.config_of(job.run).optim.learning_rate > 0.05
+    go_on(s, lambda job: [None] if hopeless(job) else by_rate(s)(job))
+    write(s)
+    with Browser() as browser:
+        for width in (390, 1200):
+            browser.open(tmp_path / "sweep.html", width=width)
+            assert not browser.happened("Log.entryAdded", "Runtime.exceptionThrown")
+            requests = browser.happened("Network.requestWillBeSent")
+            assert all(r["request"]["url"].startswith(("file:", "data:")) for r in requests)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            rows = "document.querySelectorAll('#trials tbody tr').length"
+            assert browser.evaluate(rows) == trials
+            shown = "[...document.images].every(i => i.complete && i.naturalWidth > 0)"
+            assert browser.evaluate(shown)
 
 
 # Processes
