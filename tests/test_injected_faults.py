@@ -1,5 +1,6 @@
 """Whatever call fails, is cut short, hangs or is the process's last: nothing is lost."""
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,8 @@ from tests.faults import ACTIONS, Faults
 from tests.helpers import flags_of, small_config
 from tests.test_faults import final_arrays
 
-POINTS = 64  # of the about 190 calls of the run below, evenly spread; each action in turn
+# Of the about 210 calls of the run below, evenly spread; each action in turn.
+POINTS = int(os.environ.get("IMGCLS_FAULT_POINTS", 64))
 RUN = small_config(
     data__train="train[:80]",
     data__validation="train[80:120]",
@@ -37,7 +39,7 @@ def test_a_call_that_goes_wrong_is_counted_and_seen(tmp_path):
 def test_the_same_command_ends_in_the_undisturbed_result_whatever_went_wrong(tmp_path):
     with Faults(tmp_path) as one, Faults(tmp_path) as other:
         code, calls, printed = one.run(FLAGS, tmp_path / "undisturbed")
-        assert code == 0 and calls > POINTS, printed
+        assert code == 0 and calls > 100, printed
         undisturbed = final_arrays(tmp_path / "undisturbed")
 
         def check(faults, points):
