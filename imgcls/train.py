@@ -152,13 +152,14 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
     resumed = bool(run.checkpoints.steps())
     if resumed:
         state, saved = run.checkpoints.restore_latest(exp.state_target())
-        for key in ("class_names", "train_examples"):
-            if saved[key] != meta[key]:
-                raise UserError(
-                    f"the data changed since {run.workdir} was started ({key}: {saved[key]} then, "
-                    f"{meta[key]} now): restore it, or use another --workdir"
-                )
+        changed = [k for k in ("class_names", "train_examples") if saved[k] != meta[k]]
+        if "class_names" not in changed:
             record.check(run.workdir, splits)  # which tells more than the number of examples
+        for key in changed:
+            raise UserError(
+                f"the data changed since {run.workdir} was started ({key}: {saved[key]} then, "
+                f"{meta[key]} now): restore it, or use another --workdir"
+            )
         exp.keep_ops(saved["cpu_kernels"])
         bits = exp.reproducibility_facts(saved.get("bits"))
         machine.check_reproducible(saved.get("bits", {}), bits)

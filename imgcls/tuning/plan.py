@@ -16,8 +16,6 @@ from imgcls.tuning import space as spaces
 
 Value = tuple[float, float]  # top-1 and minus the loss: the more the better
 FAILED = (-1.0, -math.inf)  # the value of a run without one
-
-
 KEYS = {"config", "space", "trials", "rungs", "keep", "finalists", "seeds", "search", "seed"}
 KEYS |= {"cores", "test", "keep_checkpoints"}
 
@@ -82,7 +80,7 @@ class Sweep:
         for epoch, after in zip(self.rungs, [*self.rungs[1:], None]) if self.plan["space"] else ():
             yield [Job(run, epoch) for run in self.alive]
             keep = 0 if after is None else math.ceil(len(self.alive) * self.plan["keep"])
-            ranked = self.ranked([*self.alive], epoch)[: max(keep, self.plan["finalists"])]
+            ranked = self.ranked(self.alive, epoch)[: max(keep, self.plan["finalists"])]
             best = {*ranked, self.alive[0]}  # the config as it is comes to the end
             self.alive = [r for r in self.alive if r in best and self.succeeded(Job(r, epoch))]
         yield [Job(run, self.rungs[-1]) for trial in self.alive for run in self.seeded(trial)]
@@ -143,6 +141,6 @@ def read_plan(workdir: Path) -> dict[str, Any]:
     """sweep.json. Raises UserError where it is missing or broken."""
     path = workdir / "sweep.json"
     plan = read_json(path)
-    if not isinstance(plan, dict) or plan.keys() != KEYS:
+    if plan.keys() != KEYS:
         raise UserError(f"{path} is no plan of a sweep: restore it, or use another --workdir")
     return plan

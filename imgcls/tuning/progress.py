@@ -57,8 +57,7 @@ class Progress:
             bar.refresh()
         done = sum(self._sweep.value(job) is not None for job in stage)
         self._all.set_description_str(f"{done}/{len(stage)}{self._best[1]}", refresh=False)
-        under_way = sum(self._last_row(job).get("epoch", 0) for job in at_work.values())
-        self._all.n = self._done + under_way
+        self._all.n = self._done + sum(bar.n for bar in self._bars)
         self._all.refresh()
 
     def ended(self, job: Job) -> None:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 import imgcls.train
 from imgcls import arguments
 from imgcls.config import KEYS, flatten, to_json, validate
-from imgcls.errors import CheckpointError, ImgclsError, UserError
+from imgcls.errors import CheckpointError, UserError
 from imgcls.experiment import Experiment
 from imgcls.run import cli, files, signals
 from imgcls.run.logs import say
@@ -37,9 +37,18 @@ from imgcls.run.workdir import read_json, write_json
 from imgcls.tuning import space as spaces
 from imgcls.tuning import summary
 from imgcls.tuning.page import write_page
-from imgcls.tuning.plan import Job, Sweep, read_plan
+from imgcls.tuning.plan import Sweep, read_plan
 from imgcls.tuning.progress import Progress
-from imgcls.tuning.worker import POLL_SECONDS, AtWork, Child, check, claim, refused, stop_all
+from imgcls.tuning.worker import (
+    POLL_SECONDS,
+    AtWork,
+    Child,
+    as_error,
+    check,
+    claim,
+    refused,
+    stop_all,
+)
 
 NETWORK = ("nfs", "nfs4", "lustre", "smbfs", "cifs", "fuse.sshfs")
 check_flags, more_help = arguments.check_flags, arguments.describe
@@ -78,8 +87,7 @@ def sweep(
         for line in process.stdout or ():
             say(last := line.rstrip("\n"))
     if process.returncode:
-        kind = {2: UserError, 4: CheckpointError}.get(process.returncode, ImgclsError)
-        raise kind(last.removeprefix("error: "))
+        raise as_error(process.returncode, last)
     return read_json(workdir / "results.json")
 
 
@@ -152,12 +160,12 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
     sweep, at_work = Sweep(workdir), dict[int, AtWork]()
     _warn_of_network(workdir)
     with signals.StopSignal() as stop, contextlib.ExitStack() as stack:
-        stack.callback(lambda: stop_all([busy.child for busy in at_work.values()], stop))
         data = Child(partial(_prepare, sweep.config), workdir / "log.txt")
-        at_work[-1] = AtWork(Job("data", None), data, stack)
-        while not data.poll() and not stop.requested:
+        stack.callback(lambda: stop_all([data, *(b.child for b in at_work.values())], stop))
+        while not data.poll():
+            if stop.requested:
+                raise stop.stopped("every trial is saved; the same command goes on")
             time.sleep(POLL_SECONDS)
-        del at_work[-1]
         data.check()
         progress = stack.enter_context(Progress(sweep, workers))
         while True:
@@ -176,11 +184,11 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
             if stop.requested:
                 raise stop.stopped("every trial is saved; the same command goes on")
             time.sleep(POLL_SECONDS)
-    if not sweep.plan["keep_checkpoints"]:
-        _tidy(sweep)
-    results = summary.write(sweep)
-    write_page(workdir, results)
-    return results
+        if not sweep.plan["keep_checkpoints"]:
+            _tidy(sweep)
+        results = summary.write(sweep)
+        write_page(workdir, results)
+        return results
 
 
 def _prepare(config: ConfigDict) -> None:

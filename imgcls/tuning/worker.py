@@ -54,8 +54,13 @@ class Child:
         if self.code <= 0 or self.code in signals.EXIT_CODES.values():
             return
         text = self._log.read_text(encoding="utf-8", errors="replace").strip() or "no output"
-        kind = {2: UserError, 4: CheckpointError}.get(self.code, ImgclsError)
-        raise kind(f"{text.splitlines()[-1].removeprefix('error: ')} (see {self._log})")
+        raise as_error(self.code, f"{text.splitlines()[-1]} (see {self._log})")
+
+
+def as_error(code: int, line: str) -> ImgclsError:
+    """The error behind the exit code and the last line of a process."""
+    kind = {2: UserError, 4: CheckpointError}.get(code, ImgclsError)
+    return kind(line.removeprefix("error: "))
 
 
 class AtWork(NamedTuple):
