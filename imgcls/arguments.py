@@ -8,8 +8,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from imgcls.config import HARMLESS, KEYS, flatten, keys_of, nearest
+from imgcls.config import flatten, keys_of, nearest
 from imgcls.errors import UserError, did_you_mean
+from imgcls.keys import HARMLESS, KEYS
 
 
 def from_arguments(argv: list[str]) -> ConfigDict | None:

@@ -12,6 +12,7 @@ from imgcls import config as configs
 from imgcls.augment import AUGMENTATIONS
 from imgcls.config import check_resumable, default_config, flatten, from_json, to_json, validate
 from imgcls.errors import UserError
+from imgcls.keys import RENAMED
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS
 from tests.helpers import ROOT, small_config
@@ -36,7 +37,7 @@ def get_config(name):
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_configs_say_what_they_said_before(name):
     now, before = flatten(to_json(get_config(name))), BEFORE[name] | SHORTENED.get(name, {})
-    for old, new in configs.RENAMED.items():
+    for old, new in RENAMED.items():
         before[new] = before.pop(old)
     # Keys of another optimiser are gone.
     dropped = MUON_ONLY | MUON_SGD_ONLY

@@ -20,10 +20,11 @@ import numpy as np
 from absl import flags
 from scipy.stats import binomtest
 
-from imgcls.config import HARMLESS, flatten
+from imgcls.config import flatten
 from imgcls.errors import UserError, printable
 from imgcls.evaluation import figures, groups, report
 from imgcls.evaluation.report import Run, duration, number, percent, plain
+from imgcls.keys import HARMLESS
 from imgcls.run.logs import say
 
 RESAMPLES = 10_000

@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgcls.config import KEYS, default_config, flatten, from_json, to_json
+from imgcls.config import default_config, flatten, from_json, to_json
 from imgcls.errors import UserError
+from imgcls.keys import KEYS
 
 Space = dict[str, Any]
 Function = Callable[[float], float]

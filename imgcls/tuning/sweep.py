@@ -28,9 +28,10 @@ from ml_collections import ConfigDict, config_flags
 
 import imgcls.train
 from imgcls import arguments
-from imgcls.config import KEYS, flatten, to_json, validate
+from imgcls.config import flatten, to_json, validate
 from imgcls.errors import CheckpointError, UserError
 from imgcls.experiment import Experiment
+from imgcls.keys import KEYS
 from imgcls.run import cli, files, signals
 from imgcls.run.logs import say
 from imgcls.run.workdir import read_json, write_json
