@@ -169,7 +169,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name():
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("resnet101", "model.depth=101 must be one of 18, 34, 50"),
+        ("resnet152", "model.depth=152 must be one of 18, 34, 50, 101"),
         ("wide_resnet20", "model.depth=20 must be 6 n + 4"),
         ("wide_resnet4", "model.depth=4 must be 6 n + 4"),
         ("resnt", "config.model.name='resnt' must be one of cnn, mlp, resnet, wide_resnet"),

@@ -12,3 +12,11 @@ from imgcls.models.cnn import CNN, MLP
 from imgcls.models.resnet import ResNet, WideResNet
 
 MODELS: dict[str, Any] = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}
+
+
+def head_of(params: dict[str, Any]) -> str:
+    """The name of a model's last layer: "head", or Linen's name of its last `nn.Dense`.
+
+    CNN and MLP have Linen's names, with which the checkpoints of earlier versions were saved.
+    """
+    return "head" if "head" in params else f"Dense_{sum('Dense_' in name for name in params) - 1}"

@@ -1,4 +1,7 @@
-"""Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones)."""
+"""Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones).
+
+Modules are named as in timm, with "_" for ".".
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 # Blocks a stage, and whether blocks have a bottleneck.
-STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}
+STAGES = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False)}
+STAGES |= {50: ((3, 4, 6, 3), True), 101: ((3, 4, 23, 3), True)}
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -22,6 +26,7 @@ class Block(nn.Module):
     conv: Callable
     norm: Callable
     dropout_rate: float = 0.0
+    symmetric: bool = False  # pads 3x3 convolutions alike on both sides, whatever their stride
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -32,31 +37,36 @@ class Block(nn.Module):
             shape = [(self.width, 3, stride), (self.width, 3, (1, 1))]
         residual = x
         if self.preactivation:
-            x = nn.relu(self.norm()(x))
+            x = nn.relu(self.norm(name="bn1")(x))
         if residual.shape[-1] != shape[-1][0] or self.stride > 1:
             # The shortcut is projected from what the first convolution sees.
-            residual = self.conv(shape[-1][0], (1, 1), stride)(
-                x if self.preactivation else residual
-            )
+            project = self.conv(shape[-1][0], (1, 1), stride, name="downsample_0")
+            residual = project(x if self.preactivation else residual)
             if not self.preactivation:
-                residual = self.norm()(residual)
-        for i, (width, kernel, strides) in enumerate(shape):
-            last = i + 1 == len(shape)
-            x = self.conv(width, (kernel, kernel), strides)(x)
+                residual = self.norm(name="downsample_1")(residual)
+        for i, (width, kernel, strides) in enumerate(shape, start=1):
+            last = i == len(shape)
+            pads = kernel // 2 if self.symmetric else "SAME"
+            x = self.conv(width, (kernel, kernel), strides, padding=pads, name=f"conv{i}")(x)
             if not self.preactivation:
                 # With its last scale at zero a block starts as the identity (arXiv 1706.02677).
-                x = self.norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones)(x)
+                init = nn.initializers.zeros if last else nn.initializers.ones
+                x = self.norm(scale_init=init, name=f"bn{i}")(x)
             if not last:
-                x = nn.relu(self.norm()(x) if self.preactivation else x)
+                x = nn.relu(self.norm(name=f"bn{i + 1}")(x) if self.preactivation else x)
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return residual + x if self.preactivation else nn.relu(residual + x)
 
 
 class ResNet(nn.Module):
-    """ResNet-18, 34 or 50: normalised [B, H, W, C] -> logits float32 [B, num_classes].
+    """ResNet-18, 34, 50 or 101: normalised [B, H, W, C] -> logits float32 [B, num_classes].
+
+    With the imagenet stem, strided convolutions and max-pooling pad both sides alike, as in the
+    paper and in torch, so that public weights fit. With the cifar stem they pad an even size by one
+    pixel after its end ("SAME"), as they did for the published results.
 
     Args:
-        depth: 18, 34 or 50 layers
+        depth: 18, 34, 50 or 101 layers
         stem: cifar (3x3, no pooling), for small images; imagenet (7x7, stride 2, max-pooling)
         preactivation: normalise and activate before each convolution (arXiv 1603.05027)
         dropout_rate: before the fully connected layer
@@ -75,16 +85,22 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, norm = _bound(self, train)
         x = x.astype(self.dtype)
-        x = conv(64, (7, 7), (2, 2))(x) if self.stem == "imagenet" else conv(64, (3, 3))(x)
+        large = self.stem == "imagenet"
+        kernel, stride = ((7, 7), (2, 2)) if large else ((3, 3), (1, 1))
+        x = conv(64, kernel, stride, padding=kernel[0] // 2, name="conv1")(x)
         if not self.preactivation:
-            x = nn.relu(norm()(x))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            x = nn.relu(norm(name="bn1")(x))
+        if large:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         blocks, bottleneck = STAGES[self.depth]
         for stage, count in enumerate(blocks):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm)
+                block = Block(
+                    *(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm),
+                    symmetric=large,
+                    name=f"layer{stage + 1}_{i}",
+                )
                 x = block(x, train=train)
         norm = norm if self.preactivation else None
         return _pool_and_classify(self, x, norm, self.dropout_rate, train=train)
@@ -110,12 +126,13 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, norm = _bound(self, train)
-        x = conv(16, (3, 3))(x.astype(self.dtype))
+        x = conv(16, (3, 3), name="conv1")(x.astype(self.dtype))
         for stage in range(3):
             for i in range((self.depth - 4) // 6):
                 stride = 2 if stage > 0 and i == 0 else 1
                 width = 16 * self.width_factor * 2**stage
-                block = Block(width, stride, False, True, conv, norm, self.dropout_rate)
+                name = f"layer{stage + 1}_{i}"
+                block = Block(width, stride, False, True, conv, norm, self.dropout_rate, name=name)
                 x = block(x, train=train)
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
@@ -128,7 +145,7 @@ def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]
 
 def _pool_and_classify(model, x, norm, dropout_rate, *, train) -> jax.Array:
     if norm is not None:  # pre-activation networks end with the activation
-        x = nn.relu(norm()(x))
+        x = nn.relu(norm(name="norm")(x))
     x = x.mean((1, 2))
     x = nn.Dropout(dropout_rate, deterministic=not train)(x.astype(jnp.float32))
-    return nn.Dense(model.num_classes)(x)
+    return nn.Dense(model.num_classes, name="head")(x)
