@@ -14,7 +14,6 @@ COLUMNS = {  # names of a column, of which only the letters count
     "label": "label labels class classname category target species breed diagnosis",
     "split": "split set subset dataset partition",
 }
-Rows = tuple[list[str], list[tuple[str, list[str]]]]  # the header, and the place of each row
 LAYOUT = "it has the columns path, label and perhaps split"
 
 
@@ -73,7 +72,15 @@ def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
     """Place, path, label and split (train, where no column tells) of each row."""
     parquet = re.search(r"\.(parquet|pq)$", table, re.I)
     try:
-        header, rows = (_read_parquet if parquet else _read_csv)(table)
+        if parquet:
+            header, rows = _read_parquet(table)
+        else:
+            with open(table, encoding="utf-8-sig", newline="") as file:
+                head = file.readline()
+                file.seek(0)
+                reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
+                header = next(reader, [])
+                rows = [(f"line {reader.line_num}", row) for row in reader if any(row)]
     except (OSError, ValueError, NotImplementedError, csv.Error) as error:
         why = getattr(error, "strerror", None) or first_line(error)
         kind = "Parquet file" if parquet else "CSV file in UTF-8"
@@ -97,20 +104,12 @@ def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
     return [(line, cell(row, "path"), cell(row, "label"), split(row)) for line, row in rows]
 
 
-def _read_csv(table: str) -> Rows:
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
-        return next(reader, []), [(f"line {reader.line_num}", row) for row in reader if any(row)]
-
-
-def _read_parquet(table: str) -> Rows:
+def _read_parquet(table: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
     from pyarrow import parquet  # optional
 
     with parquet.ParquetFile(table) as file:
         names = file.schema_arrow.names
         known = [name for name in names if letters(name) in " ".join(COLUMNS.values()).split()]
         rows = enumerate(file.read(columns=known).to_pylist(), 1)
-    text = lambda value: "" if value is None else str(value)
-    return names, [(f"row {n}", [text(row.get(name)) for name in names]) for n, row in rows]
+    text = lambda row: ["" if row.get(name) is None else str(row[name]) for name in names]
+    return names, [(f"row {number}", text(row)) for number, row in rows]
