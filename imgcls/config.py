@@ -24,6 +24,7 @@ from imgcls.keys import (
     HARMLESS,
     KEYS,
     LARGEST,
+    OPEN,
     OWN_RULES,
     RENAMED,
     Key,
@@ -99,15 +100,18 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
     for key, value in flat.items():
         _check(key, value, keys[key].rule)
     for key in ("data.mean", "data.std"):
-        if len(flat[key]) != flat["data.channels"]:
+        if flat[key] and len(flat[key]) != flat["data.channels"]:
             raise UserError(
                 f"config.{key}={flat[key]} must have a number for each of the "
                 f"config.data.channels={flat['data.channels']}"
             )
-    if flat["eval.checkpoint"] == "best" and not flat["data.validation"]:
-        raise UserError("config.eval.checkpoint=best needs a config.data.validation to be best on")
+    for key in ("eval.checkpoint", "train.patience"):
+        if flat[key] not in (0, "latest") and not flat["data.validation"]:
+            raise UserError(f"config.{key}={flat[key]} needs a config.data.validation")
+    if not flat["train.epochs"] and not flat["train.steps"]:
+        raise UserError("config.train.epochs=0 must be at least 1 where config.train.steps=0")
     for key in ("optim.warmup_epochs", "train.small_epochs"):
-        if flat[key] > flat["train.epochs"]:
+        if flat["train.epochs"] and flat[key] > flat["train.epochs"]:
             raise UserError(
                 f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
             )
@@ -141,7 +145,7 @@ def _check_pooling(flat: dict[str, Any]) -> None:
     blocks = len(flat["model.widths"])
     smaller = flat["model.whiten"] and not flat["model.pad_whitening"]
     for key in sizes:
-        if min(flat[key]) - smaller < 2**blocks:
+        if flat[key] and min(flat[key]) - smaller < 2**blocks:
             raise UserError(
                 f"config.model.widths={flat['model.widths']} halves the image {blocks} times, too "
                 f"often for config.{key}={flat[key]}"
@@ -232,6 +236,16 @@ def from_json(saved: dict[str, Any]) -> ConfigDict:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def left_open(config: ConfigDict) -> list[str]:
+    """The keys of the config that the training pictures decide."""
+    return [key for key, value in flatten(config).items() if key in OPEN and value == OPEN[key]]
+
+
+def completed(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    """A copy of the config that takes what it leaves open from `values`, by key."""
+    return _nested(flatten(config) | {k: values[k] for k in left_open(config) if k in values})
 
 
 def check_resumable(saved: ConfigDict, config: ConfigDict, workdir: Path) -> None:

@@ -17,15 +17,16 @@ from ml_collections import ConfigDict
 from imgcls import cpu
 from imgcls.arguments import harmless
 from imgcls.augment import Augment, compose, resized
-from imgcls.config import from_json, own_values, validate
+from imgcls.config import from_json, left_open, own_values, validate
+from imgcls.data.opening import open_splits, resolve
 from imgcls.data.order import TrainOrder, eval_order
-from imgcls.data.sources import open_sources
-from imgcls.data.splits import Split, check_disjoint, load_splits
+from imgcls.data.splits import Split
 from imgcls.errors import UserError
 from imgcls.models import MODELS
 from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule
 from imgcls.parallel import make_mesh, put_batch, replicated
 from imgcls.run import machine
+from imgcls.run.signals import interruptibly
 from imgcls.run.workdir import read_json
 from imgcls.state import TrainState, create_state
 from imgcls.steps import (
@@ -46,7 +47,7 @@ class Experiment:
     """What a config names, each thing built once, when it is first asked for.
 
     Attributes:
-        config: resolved and valid.
+        config: valid, without open values: see `data.opening.resolve`.
         ops: operations that the model takes in the place of Linen's, from `cpu.ops`. A resumed run
             keeps those that it began with (`keep_ops`).
         total_steps, steps_per_epoch, small_steps: small ones are the first, on smaller images.
@@ -62,14 +63,18 @@ class Experiment:
         test: bool = True,
     ):
         """Args:
-        config: of the run.
+        config: of the run. What it leaves open its training split decides, which is opened then.
         class_names: of a trained model, whose data need not be there.
         splits: in the place of those that the config names.
         task: in the place of the one that the config names.
         test: False leaves the test split unopened.
         """
-        self.config = config
         self._class_names, self._given, self._task, self._test = class_names, splits, task, test
+        self._sources, self._opened = None, dict[str, Split]()
+        if left_open(config):
+            config, self._sources, self._opened = interruptibly(partial(resolve, config, splits))
+            validate(config)
+        self.config = config
         self.mesh = make_mesh()
         self.everywhere = replicated(self.mesh)
         self.ops = {} if config.model.cpu_kernels == "off" else cpu.ops(compute_dtype(config))
@@ -84,7 +89,9 @@ class Experiment:
             return self._given
         names = ["train", *(["test"] if self._test else [])]
         names += ["validation"] if self.config.data.validation else []
-        return dict(zip(names, open_splits(self.config, *names)))
+        more = [name for name in names if name not in self._opened]
+        opened = zip(more, open_splits(self.config, *more, sources=self._sources))
+        return self._opened | dict(opened)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -320,23 +327,6 @@ def load_config(workdir: Path) -> ConfigDict:
     config.update_from_flattened_dict(harmless())
     validate(config)
     return config
-
-
-def open_splits(config: ConfigDict, *names: str) -> list[Split]:
-    """The splits that config.data names "train", "validation" or "test", decoded."""
-    c = config.data
-    own = {key: c[key] for key in ("follow_links", "ignore", "group", "split_duplicates")}
-    sources = open_sources(c.name, data_dir=c.dir or None, channels=c.channels, **own)
-    used = [name for name in ("train", "validation", "test") if c[name]]
-    check_disjoint(sources, {f"config.data.{name}": c[name] for name in used})
-    return load_splits(
-        sources,
-        [c[name] for name in names],
-        image_size=tuple(c.image_size),
-        channels=c.channels,
-        resize=c.resize,
-        skip_bad=c.skip_bad,
-    )
 
 
 def build_model(

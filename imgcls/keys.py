@@ -56,13 +56,15 @@ MOST, LARGEST = 10**6, 10**4  # XLA ends the process where an array has 2**63 el
 INTEGERS = f"integers from 1 to {MOST}, (,)"
 COUNTS = Rule(tuple, lambda x: all(type(n) is int and 0 < n <= MOST for n in x), INTEGERS)
 SIDES = f"(height, width), each from 1 to {LARGEST}"
-SIZE = Rule(tuple, lambda x: len(x) == 2 and COUNTS.accepts(x) and max(x) <= LARGEST, SIDES)
-SIZE_OR_NONE = Rule(tuple, lambda x: x == () or SIZE.accepts(x), f"{SIDES}, or ()")
+IS_SIZE = lambda x: x == () or (len(x) == 2 and COUNTS.accepts(x) and max(x) <= LARGEST)
+SIZE = Rule(tuple, IS_SIZE, f"{SIDES}, or ()")
 CHANNELS = Rule(
     tuple,
     lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
     "a number for each channel, as a tuple",
 )
+DEVIATIONS = CHANNELS._replace(accepts=lambda x: CHANNELS.accepts(x) and all(n > 0 for n in x))
+PRECISIONS = one_of(("default", "high", "highest"))
 SEED = Rule(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1")
 REGEX = Rule(str, is_regex, "a regular expression, such as patient_[0-9]+")
 SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
@@ -70,66 +72,51 @@ SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
 KEYS = {
     "seed": Key(0, SEED, "of all randomness and of the order of examples"),
     "data.name": Key("digits", NAME, "digits, image_folder, table, or any TFDS dataset"),
-    "data.dir": Key(
-        "", PATH, "folder or CSV of images; of TFDS's datasets (empty: TFDS_DATA_DIR)", True
-    ),
+    "data.dir": Key("", PATH, "folder or table of images; TFDS's (empty: TFDS_DATA_DIR)", True),
     "data.train": Key("train", SPLIT, "split string of the training examples"),
     "data.validation": Key("", TEXT, "split string to make choices on; empty: none"),
     "data.test": Key("test", SPLIT, "split string that is opened once, at the end"),
     "data.image_size": Key((32, 32), SIZE, "(height, width) in pixels, of the model's input"),
     "data.channels": Key(3, Rule(int, lambda x: x in (1, 3), "1 or 3"), "1 (gray) or 3 (RGB)"),
-    "data.resize": Key(
-        "squash", one_of(("squash", "crop")), "squash the whole image, or crop its centre"
-    ),
+    "data.resize": Key("squash", one_of(("squash", "crop")), "the whole image, or crop its centre"),
     "data.mean": Key((0.5, 0.5, 0.5), CHANNELS, "of training images in [0, 1], per channel"),
-    "data.std": Key(
-        (0.25, 0.25, 0.25),
-        Rule(tuple, lambda x: CHANNELS.accepts(x) and all(n > 0 for n in x), CHANNELS.expected),
-        "standard deviation of training images in [0, 1], per channel",
-    ),
+    "data.std": Key((0.25, 0.25, 0.25), DEVIATIONS, "their standard deviation, per channel"),
     "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have", True),
     "data.follow_links": Key(True, FLAG, "follow symbolic links in a folder of images"),
     "data.ignore": Key("", TEXT, "names of folders below data.dir to leave out: docs,raw"),
     "data.group": Key("", REGEX, "what of a path names its patient, video ...: kept in one split"),
-    "data.split_duplicates": Key(
-        "warn", one_of(("warn", "train")), "near-duplicates across splits: warn, or keep in train"
-    ),
+    "data.split_duplicates": Key("warn", one_of(("warn", "train")), "warn, or keep them in train"),
     "data.alternate_flip": Key(False, FLAG, "mirror each image in every second epoch"),
     "task.name": Key("classification", one_of(TASKS), "the objective"),
     "model.name": Key("cnn", one_of(MODELS), "the architecture, which has keys of its own"),
-    "model.dtype": Key(
-        "float32",
-        one_of(("float32", "bfloat16")),
-        "of the computation; bfloat16 only where the device has it",
-    ),
-    "model.matmul_precision": Key(
-        "default",
-        one_of(("default", "high", "highest")),
-        "of float32 products on GPUs and TPUs",
-    ),
-    "model.cpu_kernels": Key(
-        "auto", one_of(("auto", "off")), "faster operations on x86 CPUs; off: plain XLA", True
-    ),
+    "model.dtype": Key("float32", one_of(("float32", "bfloat16")), "where the device has it"),
+    "model.matmul_precision": Key("default", PRECISIONS, "of float32 products on GPUs and TPUs"),
+    "model.cpu_kernels": Key("auto", one_of(("auto", "off")), "fast ones on x86; off: XLA", True),
     "optim.name": Key("adamw", one_of(optim.OPTIMIZERS), "the optimiser, which has own keys"),
     "optim.learning_rate": Key(0.001, POSITIVE, "the peak, for a whole batch"),
     "optim.schedule": Key("cosine", one_of(optim.SCHEDULES), "after the warmup"),
     "optim.warmup_epochs": Key(0.0, NOT_NEGATIVE, "epochs of linear rise from 0"),
     "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "bound on the gradient's global norm; 0: none"),
     "optim.ema_decay": Key(0.0, FRACTION, "of the average of parameters, per step; 0: none"),
-    "train.batch_size": Key(128, COUNT, "images per step, on all devices together"),
+    "train.batch_size": Key(128, COUNT_OR_ZERO, "images per step, on all devices together"),
     "train.accumulate_steps": Key(1, COUNT, "parts of a batch, computed (and normalised) in turn"),
-    "train.epochs": Key(10, COUNT, "passes over the training examples"),
+    "train.epochs": Key(10, COUNT_OR_ZERO, "passes over the training examples"),
+    "train.steps": Key(0, COUNT_OR_ZERO, "about how many make up the epochs where those are 0"),
     "train.small_epochs": Key(0.0, NOT_NEGATIVE, "first epochs that train on smaller images"),
-    "train.small_image_size": Key((), SIZE_OR_NONE, "(height, width) in those epochs"),
-    "train.log_every_steps": Key(20, COUNT, "steps between two log lines", True),
-    "train.validate_every_epochs": Key(1, COUNT, "epochs between two validations"),
-    "train.checkpoint_every_epochs": Key(1, COUNT, "epochs between two checkpoints", True),
+    "train.small_image_size": Key((), SIZE, "(height, width) in those epochs"),
+    "train.log_every_steps": Key(0, COUNT_OR_ZERO, "0: 20, or four times in short epochs", True),
+    "train.validate_every_epochs": Key(1, COUNT_OR_ZERO, "epochs between two validations"),
+    "train.checkpoint_every_epochs": Key(1, COUNT_OR_ZERO, "0: as validations", True),
+    "train.patience": Key(0, COUNT_OR_ZERO, "validations without a better one to stop at; 0: none"),
     "train.max_bad_steps": Key(0, COUNT_OR_ZERO, "steps to skip whose loss is not finite"),
     "eval.batch_size": Key(512, COUNT, "images per step of evaluation and prediction", True),
     "eval.checkpoint": Key("latest", one_of(("latest", "best")), "the one to evaluate on test"),
 }
 
 HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
+# Values that leave a key open: the training pictures decide, see `data.opening.resolve`.
+OPEN: dict[str, Any] = {"data.image_size": (), "data.mean": (), "data.std": (), "model.widths": ()}
+OPEN |= {"train.batch_size": 0, "train.epochs": 0, "train.validate_every_epochs": 0}
 # What a component is given, and so is no key of a config.
 GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
 # Rules of components' own keys. The type of its default decides about any other.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
 from imgcls import config as configs
@@ -19,8 +20,8 @@ from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.data.summary import describe
 from imgcls.errors import CheckpointError, DivergedError, UserError
-from imgcls.evaluation.evaluate import evaluate
-from imgcls.evaluation.report import SAMPLES, read_run, write_report
+from imgcls.evaluation.evaluate import evaluate, is_evaluated
+from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
@@ -102,8 +103,10 @@ def train_and_evaluate(
         if checkpoints.steps():  # older ones are without a config
             saved = checkpoints.read_meta().get("config")
             began = configs.from_json(saved) if saved else load_config(workdir)
+            config = configs.completed(config, configs.flatten(began))
             configs.check_resumable(began, config, workdir)
         exp = Experiment(config, task=task, splits=splits, test=test)
+        config = exp.config
         run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))
         state, meta = start_or_resume(run)
         meta["config"] = configs.to_json(config)
@@ -112,7 +115,7 @@ def train_and_evaluate(
             write_json(workdir / "config.json", meta["config"])
             record.keep(workdir, exp.splits, anew=not checkpoints.steps())
             state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
-            if test and int(state.step) == exp.total_steps:
+            if test and (int(state.step) == exp.total_steps or "stopped_early" in meta):
                 open_test(run, state, meta)
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
@@ -183,20 +186,22 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
 def train(
     run: Run, state: TrainState, meta: dict[str, Any], callback: Callback, last_step: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """From the step of `state` to `last_step`, or to the step at which the callback returns True.
+    """From the step of `state` to `last_step`, or to where the callback or patience ends it.
 
     Between two steps it logs, validates, saves and stops.
     """
     exp, workdir, checkpoints, stop_agreed = run
     c, step = exp.config.train, int(state.step)
     saved_step = step if checkpoints.steps() else -1
+    period = exp.steps_per_epoch * c.validate_every_epochs
+    log_every = c.log_every_steps or min(20, period // 4) or 1
 
     def validation_due() -> bool:
         epoch, rest = divmod(step, exp.steps_per_epoch)
         due = (rest == 0 and epoch % c.validate_every_epochs == 0) or step == exp.total_steps
         return due and "validation" in exp.splits and step > checkpoints.validated_step
 
-    if step >= last_step and not validation_due():
+    if (step >= last_step or "stopped_early" in meta) and not validation_due():
         return state, meta
     train_step, eval_step = compile_steps(exp, state)
     writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
@@ -208,7 +213,7 @@ def train(
         stop = enough = False
         while True:
             validated = None
-            if clock.steps and (step % c.log_every_steps == 0 or step == exp.total_steps):
+            if clock.steps and (step % log_every == 0 or step == exp.total_steps):
                 sums, rate = check_finite(run, window), clock.steps_per_second() * c.batch_size
                 enough = callback(log_row(exp, log, step, "train", sums, rate))
                 window.clear()
@@ -219,10 +224,16 @@ def train(
                 if sums is not None:  # else a stop signal came first
                     rate, validated = sums["count"] / clock.pause(), mean_metrics(sums)
                     enough = callback(log_row(exp, log, step, "validation", sums, rate)) or enough
+                    scores = validated if exp.may_be_best(step) else {}
+                    best, since = checkpoints.improved(step, scores)
+                    if 0 < c.patience <= since and step < exp.total_steps:
+                        meta["stopped_early"], enough = {"step": step, "best_step": best}, True
+                        say(f"stopped early: no better validation since that of step {best}")
             stop = stop_agreed()
             enough = enough or step >= last_step
             epoch, rest = divmod(step, exp.steps_per_epoch)
-            save = rest == 0 and epoch > 0 and epoch % c.checkpoint_every_epochs == 0
+            every = c.checkpoint_every_epochs or c.validate_every_epochs
+            save = rest == 0 and epoch > 0 and epoch % every == 0
             if (validated or save or stop or enough) and step > saved_step:
                 meta |= {"sums": check_finite(run, window), "bad_steps": window.bad_steps}
                 clock.lap()
@@ -231,7 +242,7 @@ def train(
                 saved_step = step
                 clock.pause()
             if validated:
-                checkpoints.record(step, validated if exp.may_be_best(step) else {})
+                checkpoints.record(step, scores)
             if stop or enough:
                 break
             state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)
@@ -324,6 +335,8 @@ def write_samples(run: Run, writer: MetricWriter) -> None:
     images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
     with files.replacing(run.workdir / SAMPLES) as file:
         np.save(file, images)
+    with files.replacing(run.workdir / "first_batch.png") as file:
+        Image.fromarray(image_grid(images)).save(file, "PNG")
     writer.image("train/augmented", image_grid(images), 0)
 
 
@@ -347,12 +360,13 @@ def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
     """Evaluates on the test split, once, and writes a report where there is none of the results."""
     workdir, checkpoint = run.workdir, run.exp.config.eval.checkpoint
     run.checkpoints.wait()
-    if is_finished(run, run.checkpoints.find(checkpoint)):
+    test, step = run.exp.splits["test"], run.checkpoints.find(checkpoint)
+    if is_evaluated(run.exp.config, workdir, test, step=step):
         say(f"already finished, nothing to do: see {workdir / 'results.json'}")
         return
     if checkpoint == "best":
         state, best = run.checkpoints.restore("best", run.exp.state_target())
-        meta = best | {"data": meta["data"]}  # which tells of test, too
+        meta = best | {key: meta[key] for key in ("data", "stopped_early") if key in meta}
 
     def poll() -> None:
         if run.stop_agreed():
@@ -367,22 +381,3 @@ def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
         checkpoint=checkpoint,
         poll=poll,
     )
-
-
-def is_finished(run: Run, step: int) -> bool:
-    """Whether results.json is of this step and config, with predictions and a report.
-
-    A report that is missing or torn is written again: that is no other look at the test split.
-    """
-    config, test, page = run.exp.config, run.exp.splits["test"], run.workdir / "report.html"
-    expected = {"step": step, "epochs": config.train.epochs, "config": configs.chosen(config)}
-    try:
-        found = read_run(run.workdir)
-        # Older results are without a config.
-        same = all(found.results.get(key, value) == value for key, value in expected.items())
-        reported = page.is_file() and found.sha256.encode() in page.read_bytes()[-99:]
-        if same and not reported and is_main():
-            write_report(run.workdir, gallery_images=lambda rows: test.read(rows)["image"])
-        return same
-    except UserError:
-        return False

@@ -47,6 +47,7 @@ def test_every_config_takes_a_finite_step(name, monkeypatch):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.model.dtype = "float32"
     config.train.batch_size = 4
+    config.data.image_size = config.data.image_size or (64, 64)
     for key in {"widths", "dense_widths"}.intersection(config.model.keys()):
         config.model[key] = (8,) * len(config.model[key])
     exp = Experiment(config, splits={"train": random_split(config)})

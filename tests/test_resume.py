@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from imgcls import cpu, experiment
+from imgcls.config import flatten, left_open
 from imgcls.cpu import onednn
 from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 from imgcls.errors import CheckpointError, Stopped, UserError
-from imgcls.experiment import Experiment
+from imgcls.experiment import Experiment, load_config
 from imgcls.run import machine, processes
 from imgcls.run.logs import MetricWriter, read_metrics
 from imgcls.train import train_and_evaluate
@@ -59,6 +60,77 @@ def test_stopped_at_every_step_a_run_takes_the_same_examples_in_order(without_co
         assert given == whole[:step]
     session(tmp_path / "stopped", config, test=False)
     assert given == whole
+
+
+OPEN = {"data__mean": (), "data__std": (), "model__widths": (), "train__epochs": 0}
+OPEN |= {"train__steps": 11, "train__batch_size": 0, "train__validate_every_epochs": 0}
+
+
+def test_what_the_pictures_decided_is_kept_however_often_a_run_is_stopped(
+    without_computing, tmp_path, capsys
+):
+    config = small_config(**OPEN)  # 3 steps per epoch
+    session(tmp_path, config, until=2)
+    decided = load_config(tmp_path)
+    assert "chosen by 200 training pictures" in capsys.readouterr().out
+    assert decided.train.epochs == 4 and not left_open(decided)
+    session(tmp_path, config, until=7)
+    assert "chosen" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train.epochs=3 .was 4"):
+        train_and_evaluate(small_config(**OPEN | {"train__epochs": 3}), tmp_path)
+    session(tmp_path, decided, test=False)
+    assert flatten(load_config(tmp_path)) == flatten(decided)
+    assert len(without_computing) == 12
+
+
+@pytest.fixture
+def top1(without_computing, monkeypatch):
+    """The scores of the validations of `without_computing`, by their epoch from 1 on."""
+    scores = {}
+
+    def eval_step(state, batch):
+        return {"loss": 1.0, "top1": scores[int(state.step) // 5], "count": 1.0}
+
+    monkeypatch.setattr(Experiment, "compile_eval_step", lambda *_: eval_step)
+    return scores
+
+
+def test_patience_ends_a_run_at_the_same_step_however_it_was_stopped(
+    without_computing, top1, tmp_path, capsys
+):
+    top1 |= dict(enumerate([0.2, 0.5, 0.4, 0.5, 0.3, 0.9, 0.9, 0.9], 1))
+    config = small_config(train__epochs=8, train__patience=3, optim__ema_decay=0.0)
+    session(tmp_path / "whole", config, test=False)
+    assert len(without_computing) == 25, "the equal score of epoch 4 is no better one"
+    assert "stopped early: no better validation since that of step 10" in capsys.readouterr().out
+    rows = lambda name: [
+        (row["split"], row["step"]) for row in read_metrics(tmp_path / name / "metrics.jsonl")
+    ]
+    for step in (10, 20, 24):
+        session(tmp_path / "stopped", config, until=step)
+    for _ in range(2):  # the second finds it finished
+        session(tmp_path / "stopped", config, test=False)
+    assert len(without_computing) == 50 and rows("stopped") == rows("whole")
+
+
+def test_a_run_that_patience_ended_is_finished(without_computing, top1, tmp_path, capsys):
+    top1 |= {1: 0.5, 2: 0.4}
+    config = small_config(
+        train__patience=1, optim__ema_decay=0.0, train__epochs=8, eval__checkpoint="best"
+    )
+    train_and_evaluate(config, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stopped_early"] == {"step": 10, "best_step": 5} and results["step"] == 5
+    capsys.readouterr()
+    train_and_evaluate(config, tmp_path)
+    assert "already finished" in capsys.readouterr().out and len(without_computing) == 10
+
+
+def test_short_epochs_have_four_lines_where_no_number_is_given(without_computing, tmp_path):
+    config = small_config(train__log_every_steps=0, train__batch_size=16)  # 12 steps per epoch
+    session(tmp_path, config, test=False)
+    rows = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert rows == list(range(3, 25, 3))
 
 
 def test_a_run_goes_on_with_the_data_that_it_began_with_or_not_at_all(without_computing, tmp_path):

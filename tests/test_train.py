@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from imgcls import train
 from imgcls.augment import AUGMENTATIONS
@@ -122,6 +123,8 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert np.sum(results["confusion_matrix"]) == 50
     assert list(workdir.glob("events.out.tfevents.*"))
     assert flatten(load_config(workdir)) == flatten(small_config(**EVERYTHING))
+    with Image.open(workdir / "first_batch.png") as picture:
+        assert picture.size == (8 * 6, 5 * 6), "40 images as the first step sees them"
     with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
         assert saved["logits"].shape == (50, 10) and len(set(saved["ids"])) == 50
         accuracy = (saved["logits"].argmax(1) == saved["labels"]).mean()

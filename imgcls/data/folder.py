@@ -80,10 +80,14 @@ class FolderSource:
         path, label = self._examples[index]
         return {"image": decode_image(path, channels=self._channels), "label": label}
 
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the first pictures, by their headers; of readable ones."""
+        return [*filter(None, (picture_size(path) for path, _ in self._examples[:LOOKED_AT]))]
+
     def describe(self) -> list[str]:
-        """Sizes of the pictures, by their headers, and what was noticed in the folder."""
-        sizes = [picture_size(path) for path, _ in self._examples[:LOOKED_AT]]
-        known = sorted((w * h, f"{w}x{h}") for w, h in filter(None, sizes))
+        """Sizes of the pictures, and what was noticed in the folder."""
+        known = sorted((w * h, f"{w}x{h}") for w, h in self.sizes)
         if not known:
             return [*self._notes]
         low, median, high = (known[place][1] for place in (0, len(known) // 2, -1))

@@ -1,7 +1,8 @@
-"""A table of pictures: a CSV file with the columns path, label and, if it divides them, split."""
+"""A table of pictures: a CSV or Parquet file with the columns path, label and perhaps split."""
 
 import csv
 import os
+import re
 from typing import Any
 
 from imgcls.data.divide import Classes, complete, nfc
@@ -13,7 +14,7 @@ COLUMNS = {  # names of a column, of which only the letters count
     "label": "label labels class classname category target species breed diagnosis",
     "split": "split set subset dataset partition",
 }
-LAYOUT = "its first line names the columns path, label and perhaps split"
+LAYOUT = "it has the columns path, label and perhaps split"
 
 
 def open_table(
@@ -33,13 +34,13 @@ def open_table(
             of no split, a link when `follow_links` is False, and as `open_folder`.
     """
     if data_dir is None:
-        raise UserError(f"table needs --config.data.dir=FILE.csv; {LAYOUT}")
+        raise UserError(f"table needs --config.data.dir=FILE.csv (or .parquet); {LAYOUT}")
     table = os.path.expanduser(data_dir)
     root, shown, validation = os.path.dirname(table), printable(table), ""
     splits: dict[str, Classes] = {}
     seen, missing = set[str](), list[str]()
     for line, path, label, split in _read(table, shown):
-        where, file = f"{shown}, line {line}", os.path.join(root, path)
+        where, file = f"{shown}, {line}", os.path.join(root, path)
         if not path or not label:
             raise UserError(f"{where} lacks a path or a label: complete or remove it")
         if nfc(path) in seen:
@@ -67,18 +68,25 @@ def open_table(
     return {name: FolderSource(root, split, *own) for name, split in splits.items()}
 
 
-def _read(table: str, shown: str) -> list[tuple[int, str, str, str]]:
-    """Line, path, label and split (train, where no column tells) of each row."""
+def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
+    """Place, path, label and split (train, where no column tells) of each row."""
+    parquet = re.search(r"\.(parquet|pq)$", table, re.I)
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if any(row)]
-    except (OSError, ValueError, csv.Error) as error:
+        if parquet:
+            header, rows = _read_parquet(table)
+        else:
+            with open(table, encoding="utf-8-sig", newline="") as file:
+                head = file.readline()
+                file.seek(0)
+                reader = csv.reader(file, delimiter=max(",;\t", key=head.count), strict=True)
+                header = next(reader, [])
+                rows = [(f"line {reader.line_num}", row) for row in reader if any(row)]
+    except (OSError, ValueError, NotImplementedError, csv.Error) as error:
         why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{shown} is no CSV file in UTF-8 ({why}); {LAYOUT}") from error
+        kind = "Parquet file" if parquet else "CSV file in UTF-8"
+        raise UserError(f"{shown} is no {kind} ({why}); {LAYOUT}") from error
+    except ImportError:
+        raise UserError(f"{shown} needs pyarrow to be read: pip install pyarrow") from None
     names = [letters(name) for name in header]
     found = {
         column: [names.index(name) for name in known.split() if name in names]
@@ -90,7 +98,18 @@ def _read(table: str, shown: str) -> list[tuple[int, str, str, str]]:
     for line, row in rows:
         if len(row) != len(header):
             counts = f"{len(row)} values for {len(header)} columns"
-            raise UserError(f"{shown}, line {line} has {counts}: quote values with commas")
+            raise UserError(f"{shown}, {line} has {counts}: quote values with commas")
     cell = lambda row, column: row[found[column][0]].strip()
     split = lambda row: cell(row, "split") if found["split"] else "train"
     return [(line, cell(row, "path"), cell(row, "label"), split(row)) for line, row in rows]
+
+
+def _read_parquet(table: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    from pyarrow import parquet  # optional
+
+    with parquet.ParquetFile(table) as file:
+        names = file.schema_arrow.names
+        known = [name for name in names if letters(name) in " ".join(COLUMNS.values()).split()]
+        rows = enumerate(file.read(columns=known).to_pylist(), 1)
+    text = lambda row: ["" if row.get(name) is None else str(row[name]) for name in names]
+    return names, [(f"row {number}", text(row)) for number, row in rows]

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from imgcls import config as configs
 from imgcls import experiment
@@ -24,7 +25,7 @@ from imgcls.arguments import define_harmless
 from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
-from imgcls.evaluation.report import write_report
+from imgcls.evaluation.report import read_run, write_report
 from imgcls.evaluation.scores import score
 from imgcls.inference.classifier import Classifier, load
 from imgcls.parallel import is_main
@@ -82,7 +83,7 @@ def evaluate(
         "split": examples.name,
         "checkpoint": checkpoint,
         "step": step,
-        **{key: meta[key] for key in ("in_place_of", "data") if key in meta},
+        **{key: meta[key] for key in ("in_place_of", "data", "stopped_early") if key in meta},
         "config": configs.chosen(config),
         "epochs": config.train.epochs,
         "seed": config.seed,
@@ -113,6 +114,25 @@ def evaluate(
         write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
     say(f"{split} {_shown(scores)}  {path}")
     return results
+
+
+def is_evaluated(config: ConfigDict, workdir: Path, test: Split, *, step: int) -> bool:
+    """Whether results.json is of this step and config, with predictions and a report.
+
+    A report that is missing or torn is written again: that is no other look at the test split.
+    """
+    page = workdir / "report.html"
+    expected = {"step": step, "epochs": config.train.epochs, "config": configs.chosen(config)}
+    try:
+        found = read_run(workdir)
+        # Older results are without a config.
+        same = all(found.results.get(key, value) == value for key, value in expected.items())
+        reported = page.is_file() and found.sha256.encode() in page.read_bytes()[-99:]
+        if same and not reported and is_main():
+            write_report(workdir, gallery_images=lambda rows: test.read(rows)["image"])
+        return same
+    except UserError:
+        return False
 
 
 def _shown(scores: dict[str, Any]) -> str:

@@ -100,6 +100,12 @@ class Checkpoints:
         """Keeps the validation metrics of a step, which decide which checkpoint is the best."""
         self._write_scores(self._scores | {step: _finite(metrics)})
 
+    def improved(self, step: int, metrics: dict[str, float]) -> tuple[int, int]:
+        """With these metrics of a step: the first best step, and how many were scored since."""
+        ranks = _ranks(self._scores | {step: _finite(metrics)})
+        best = max(ranks, key=lambda s: (ranks[s], -s), default=step)
+        return best, sum(s > best for s in ranks)
+
     def wait(self) -> None:
         """Returns when the last save is committed. Then deletes what need not be kept."""
         with self._guarded("saving"):
@@ -184,9 +190,8 @@ class Checkpoints:
         return step
 
     def _best(self, steps: Iterable[int]) -> int | None:
-        scored = [(self._scores[step], step) for step in steps if self._scores.get(step)]
-        ranks = [(s.get("top1", -s.get("loss", math.inf)), step) for s, step in scored]
-        return max(ranks, default=(0, None))[1]
+        ranks = _ranks({step: self._scores.get(step, {}) for step in steps})
+        return max(ranks, key=lambda s: (ranks[s], s), default=None)
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         """A checkpoint is good for all processes or for none, so that they go on with the same."""
@@ -245,6 +250,10 @@ class Checkpoints:
                 f"{self._directory}: {doing} failed ({first_line(error)}); earlier checkpoints are "
                 "intact: free some space or mend the disk, and run the same command again"
             ) from error
+
+
+def _ranks(scores: dict[int, dict[str, float]]) -> dict[int, float]:
+    return {s: m.get("top1", -m.get("loss", math.inf)) for s, m in scores.items() if m}
 
 
 class _Damaged(CheckpointError):

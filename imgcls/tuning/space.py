@@ -30,7 +30,7 @@ SCALES: dict[str, tuple[Function, Function]] = {
 }
 # Runs that differ in these cannot be ranked by the same validation, or not after the same epoch.
 NOT_TUNED = ("seed", "train.epochs", "train.validate_every_epochs", "data.name", "data.dir")
-NOT_TUNED += ("data.validation", "data.test")
+NOT_TUNED += ("data.validation", "data.test", "train.steps", "train.patience")
 DRAWS = 1000  # without a new point, after which a space of choices counts as exhausted
 STARTUP, GENERATION = 10, 5  # points of TPE that do not depend on results, then that come together
 

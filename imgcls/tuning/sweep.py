@@ -28,7 +28,8 @@ from ml_collections import ConfigDict, config_flags
 
 import imgcls.train
 from imgcls import arguments
-from imgcls.config import flatten, to_json, validate
+from imgcls.config import completed, flatten, from_json, left_open, to_json, validate
+from imgcls.data.opening import resolve
 from imgcls.errors import CheckpointError, UserError
 from imgcls.experiment import Experiment
 from imgcls.keys import KEYS
@@ -110,6 +111,14 @@ def start(
 ) -> None:
     """Writes sweep.json, or checks that the one which is there plans the same."""
     validate(config)
+    path = workdir / "sweep.json"
+    if path.exists():
+        config = completed(config, flatten(from_json(read_plan(workdir)["config"])))
+    if any(key.startswith("train.") for key in left_open(config)):  # trials decide the rest
+        found = flatten(resolve(config)[0])
+        config = completed(config, {k: v for k, v in found.items() if k.startswith("train.")})
+    if config.train.patience:
+        raise UserError("config.train.patience must be 0 in a sweep")
     if not config.data.validation:
         raise UserError("a sweep chooses on validation: set config.data.validation")
     every = config.train.validate_every_epochs
@@ -128,7 +137,6 @@ def start(
     points, _ = spaces.halton_points(space, config, trials, seed)
     for point in points:  # before anything is trained
         spaces.config_at(config, point)
-    path = workdir / "sweep.json"
     with files.lock(workdir / ".lock", busy=lambda process: None, refused=refused(workdir)):
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run, not a sweep: use another --workdir")

@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,29 @@ def test_no_table_and_splits_that_are_none_are_refused(tmp_path, rows):
     (tmp_path / "cat/0.png").unlink()
     (tmp_path / "cat/0.png").symlink_to(tmp_path / "cat/1.png")
     refusal(lambda: open_table(write_table(tmp_path, rows), follow_links=False), "is a link")
+
+
+def test_a_parquet_file_is_read_as_the_csv_of_its_columns_is(tmp_path, rows):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is optional")
+    pyarrow = pytest.importorskip("pyarrow")
+    split = [("train", "test", "val")[n % 3] for n in range(len(rows))]
+    paths, labels = zip(*rows)
+    columns = {"Image": [{"bytes": b"..."}] * len(rows), "file_name": paths, "Label": labels}
+    table = tmp_path / "labels.parquet"
+    parquet.write_table(pyarrow.table(columns | {"split": split}), table)
+    expected = open_table(write_table(tmp_path, [(*r, s) for r, s in zip(rows, split)],
+                                      ("path", "label", "split")))  # fmt: skip
+    found = open_table(table)
+    assert {k: s.fingerprint for k, s in found.items()} == {
+        k: s.fingerprint for k, s in expected.items()
+    }
+    columns["Label"] = [*labels[:-1], None]
+    parquet.write_table(pyarrow.table(columns), table)
+    refusal(lambda: open_table(table), "labels.parquet, row 32 lacks")
+    table.write_bytes(b"PAR1")
+    refusal(lambda: open_table(table), "labels.parquet is no Parquet file")
+
+
+def test_a_parquet_file_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refusal(lambda: open_table(tmp_path / "x.parquet"), "x.parquet", "pip install pyarrow")

@@ -119,6 +119,15 @@ def test_the_latest_and_the_best_are_kept(tmp_path, tops, best):
     json.loads((tmp_path / "validation.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_what_brings_no_better_score_is_counted_from_the_first_best_one(tmp_path):
+    checkpoints = saved(tmp_path, [0.2, 0.5, 0.5])
+    assert checkpoints.improved(4, {"top1": 0.4}) == (2, 2)
+    assert checkpoints.improved(4, {"top1": 0.6}) == (4, 0)
+    assert checkpoints.improved(4, {}) == (2, 1), "a step that cannot be the best counts for none"
+    assert checkpoints.improved(4, {"top1": NAN}) == (2, 1)
+    assert Checkpoints(tmp_path / "new").improved(5, {"loss": 1.0}) == (5, 0)
+
+
 def test_scores_past_the_restored_step_are_dropped(tmp_path):
     checkpoints = saved(tmp_path, [0.1, 0.2, 0.9])
     checkpoints.record(4, {"top1": 0.3})  # killed before its save was whole
