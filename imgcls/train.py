@@ -201,7 +201,14 @@ def train(
         due = (rest == 0 and epoch % c.validate_every_epochs == 0) or step == exp.total_steps
         return due and "validation" in exp.splits and step > checkpoints.validated_step
 
-    if (step >= last_step or "stopped_early" in meta) and not validation_due():
+    def out_of_patience() -> bool:
+        best, since = checkpoints.since_best()
+        if out := 0 < c.patience <= since and step < exp.total_steps:
+            meta["stopped_early"] = {"step": step, "best_step": best}
+            say(f"stopped early: no better validation since that of step {best}")
+        return out
+
+    if (step >= last_step and not validation_due()) or out_of_patience():
         return state, meta
     train_step, eval_step = compile_steps(exp, state)
     writer = MetricWriter(workdir, start_step=step, validated_step=checkpoints.validated_step)
@@ -224,11 +231,6 @@ def train(
                 if sums is not None:  # else a stop signal came first
                     rate, validated = sums["count"] / clock.pause(), mean_metrics(sums)
                     enough = callback(log_row(exp, log, step, "validation", sums, rate)) or enough
-                    scores = validated if exp.may_be_best(step) else {}
-                    best, since = checkpoints.improved(step, scores)
-                    if 0 < c.patience <= since and step < exp.total_steps:
-                        meta["stopped_early"], enough = {"step": step, "best_step": best}, True
-                        say(f"stopped early: no better validation since that of step {best}")
             stop = stop_agreed()
             enough = enough or step >= last_step
             epoch, rest = divmod(step, exp.steps_per_epoch)
@@ -242,7 +244,8 @@ def train(
                 saved_step = step
                 clock.pause()
             if validated:
-                checkpoints.record(step, scores)
+                checkpoints.record(step, validated if exp.may_be_best(step) else {})
+                enough = enough or out_of_patience()
             if stop or enough:
                 break
             state, metrics = train_step(step)(state, exp.train_batch(step), exp.rng)

@@ -100,10 +100,10 @@ class Checkpoints:
         """Keeps the validation metrics of a step, which decide which checkpoint is the best."""
         self._write_scores(self._scores | {step: _finite(metrics)})
 
-    def improved(self, step: int, metrics: dict[str, float]) -> tuple[int, int]:
-        """With these metrics of a step: the first best step, and how many were scored since."""
-        ranks = _ranks(self._scores | {step: _finite(metrics)})
-        best = max(ranks, key=lambda s: (ranks[s], -s), default=step)
+    def since_best(self) -> tuple[int, int]:
+        """The first of the best validated steps, and how many were validated after it."""
+        ranks = _ranks(self._scores)
+        best = max(ranks, key=lambda s: (ranks[s], -s), default=0)
         return best, sum(s > best for s in ranks)
 
     def wait(self) -> None:
