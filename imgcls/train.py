@@ -374,7 +374,7 @@ def is_finished(run: Run, step: int) -> bool:
 
     A report that is missing or torn is written again: that is no other look at the test split.
     """
-    config, test, page = run.exp.config, run.exp.splits["test"], run.workdir / "report.html"
+    config, page = run.exp.config, run.workdir / "report.html"
     expected = {"step": step, "epochs": config.train.epochs, "config": configs.chosen(config)}
     try:
         found = read_run(run.workdir)
@@ -382,7 +382,7 @@ def is_finished(run: Run, step: int) -> bool:
         same = all(found.results.get(key, value) == value for key, value in expected.items())
         reported = page.is_file() and found.sha256.encode() in page.read_bytes()[-99:]
         if same and not reported and is_main():
-            write_report(run.workdir, gallery_images=lambda rows: test.read(rows)["image"])
+            write_report(run.workdir, run.exp.splits)
         return same
     except UserError:
         return False
