@@ -363,8 +363,8 @@ def open_test(run: Run, state: TrainState, meta: dict[str, Any]) -> None:
     """Evaluates on the test split, once, and writes a report where there is none of the results."""
     workdir, checkpoint = run.workdir, run.exp.config.eval.checkpoint
     run.checkpoints.wait()
-    test, step = run.exp.splits["test"], run.checkpoints.find(checkpoint)
-    if is_evaluated(run.exp.config, workdir, test, step=step):
+    step = run.checkpoints.find(checkpoint)
+    if is_evaluated(run.exp.config, workdir, run.exp.splits, step=step):
         say(f"already finished, nothing to do: see {workdir / 'results.json'}")
         return
     if checkpoint == "best":

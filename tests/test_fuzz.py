@@ -14,7 +14,7 @@ from imgcls.errors import UserError
 from imgcls.evaluation import compare, report
 from imgcls.experiment import load_config
 from imgcls.run.workdir import write_json
-from tests.evaluation.test_report import gray_images
+from tests.evaluation.test_report import SPLITS, gray_images
 from tests.helpers import random_logits, small_config, write_run
 
 OTHERS = (None, True, "text", "", -1, 0, 1.5, 10**400, float("nan"), [], [[]], {}, {"a": 1})
@@ -54,6 +54,8 @@ def runs(tmp_path_factory):
         "versions": {"jax": "1"},
     }
     facts |= {"images_per_second": 5.0, "checkpoint": "latest", "temperature": 1.5, "device": "cpu"}
+    issue = {"split": "test", "row": 3, "id": "3", "given": "a", "suggested": "b"}
+    facts |= {"label_issues": {"examples": 1, "first": [issue | {"p_suggested": 0.9}]}}
     facts |= {"test_time_augmentation": {"views": "flip", "top1": 0.5, "loss": 1.0}}
     folder = tmp_path_factory.mktemp("runs")
     config = to_json(small_config())
@@ -78,7 +80,7 @@ def compared(runs):
 
 
 def reported(runs):
-    report.write_report(runs[1], gallery_images=gray_images)
+    report.write_report(runs[1], SPLITS)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Whether the images of a `Split` are in memory, mapped from a file or streamed, nobody else knows.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,8 @@ class Split:
     class_names: tuple[str, ...]
     digests: np.ndarray | None = None  # uint8[N, 32] of the examples, where they are known
     describe: Callable[[], Sequence[str]] = tuple  # lines on what the source found
+    originals: Sequence[tuple[Source, np.ndarray]] = ()  # sources of the parts, and their indices
+    cropped: bool = False  # images are centres of the originals
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,6 +53,20 @@ class Split:
         labels = self.labels[indices]
         images[~mask] = labels[~mask] = 0
         return {"image": images, "label": labels, "mask": mask}
+
+    def picture(self, index: int) -> np.ndarray:
+        """uint8[h, w, C]: what is used of a picture, from its source if that can be read."""
+        row = index
+        for source, kept in self.originals:
+            if 0 <= row < len(kept):
+                with contextlib.suppress(UserError, OSError):
+                    image = source[int(kept[row])]["image"]
+                    size = self.parts[0].shape[1:3] if self.cropped else image.shape[:2]
+                    scale = min(n / m for n, m in zip(image.shape, size))
+                    top, left = (int(n - scale * m) // 2 for n, m in zip(image.shape, size))
+                    return image[top : len(image) - top, left : image.shape[1] - left]
+            row -= len(kept)
+        return self.read(np.array([index]))["image"][0]
 
     @functools.cached_property
     def identities(self) -> np.ndarray:
@@ -106,8 +123,9 @@ def load_splits(
         images, labels, kept, digests = zip(*(d for d in decoded if len(d.kept)))
         source = sources[parts[0][0]]
         images = [part[: len(rows)] for part, rows in zip(images, kept)]
+        read = [(sources[name], d.kept) for (name, _), d in zip(parts, decoded)]
         own = (source.class_names, np.concatenate(digests), getattr(source, "describe", tuple))
-        return Split(spec, images, np.concatenate(labels), ids, *own)
+        return Split(spec, images, np.concatenate(labels), ids, *own, read, resize == "crop")
 
     return [load(spec, parts) for spec, parts in [(s, _resolve(s, sources)) for s in specs]]
 

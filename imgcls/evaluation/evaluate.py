@@ -6,6 +6,7 @@
 Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
 names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it. With --tta
 the logits of several views of each image are averaged too: a second figure beside the plain one.
+label_issues*.csv lists the examples of test and validation whose labels the model contradicts.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from imgcls.arguments import define_harmless
 from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.errors import DivergedError, UserError
+from imgcls.evaluation.mistakes import looked_at, write_issues
 from imgcls.evaluation.report import read_run, write_report
 from imgcls.evaluation.scores import score
 from imgcls.inference.classifier import Classifier, load
@@ -56,8 +58,8 @@ def evaluate(
         tta: a key of `VIEWS`: adds the figures of test-time augmentation.
         poll: called before each batch; may raise to stop.
     """
-    config, meta, examples = classifier.config, classifier.meta, splits[split]
-    step, names = int(classifier.state.step), examples.class_names
+    config, task = classifier.config, classifier.experiment.task
+    step, examples, names = int(classifier.state.step), splits[split], splits[split].class_names
     if names != classifier.class_names:
         raise UserError(
             f"the classes of the data are no longer those that {workdir} was trained on: restore "
@@ -70,15 +72,45 @@ def evaluate(
         look = json.dumps({"checkpoint": checkpoint, "step": step, "time": now})
         files.append_line(workdir / "test_evaluations.jsonl", look, sync=True)
     logits = {name: classifier.logits(part, poll=poll) for name, part in splits.items()}
-    task, fit_on = classifier.experiment.task, None
-    if "validation" in splits:
-        fit_on = (logits["validation"], splits["validation"].labels)
+    fit_on = [(logits[name], splits[name].labels) for name in splits if name == "validation"]
     try:
-        scores = score(task, logits[split], examples.labels, names, fit_on)
+        scores = score(task, logits[split], examples.labels, names, *fit_on)
     except DivergedError as error:
         raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
-    trained = step * config.train.batch_size
-    results = {
+    results = _told(classifier, examples, checkpoint) | scores
+    if tta:
+        mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
+        averaged = score(task, mean, examples.labels, names)
+        say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
+        kept = averaged.get("figures", ("top1", "top1_interval", "top5", "loss"))
+        results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in kept}
+    official = split == "test" and checkpoint == config.eval.checkpoint
+    suffix = "" if official else f"_{split}_{checkpoint}"
+    arrays: Any = {"logits": logits[split], "labels": examples.labels, "ids": examples.ids}
+    temperature = scores.get("calibration", {}).get("temperature")
+    if official and "per_class" in scores and scores["top1"] < 1:
+        arrays |= looked_at(classifier, examples, logits[split], temperature)
+    if not is_main():
+        return results
+    if split != "train" and "per_class" in scores:
+        path = workdir / f"label_issues{suffix}.csv"
+        results["label_issues"] = write_issues(path, splits, logits, temperature)
+    with files.replacing(workdir / f"predictions{suffix}.npz") as file:
+        np.savez_compressed(file, **arrays)
+    path = workdir / f"results{suffix}.json"
+    write_json(path, results)
+    if official:
+        write_report(workdir, splits)
+    say(f"{split} {_shown(scores)}  {path}")
+    return results
+
+
+def _told(classifier: Classifier, examples: Split, checkpoint: str) -> dict[str, Any]:
+    """What results.json says of a run, besides its scores."""
+    config, meta = classifier.config, classifier.meta
+    step = int(classifier.state.step)
+    rate = step * config.train.batch_size / max(meta["train_seconds"], 1e-9)
+    return {
         "dataset": config.data.name,
         "split": examples.name,
         "checkpoint": checkpoint,
@@ -88,35 +120,15 @@ def evaluate(
         "epochs": config.train.epochs,
         "seed": config.seed,
         "seconds": round(meta["seconds"], 1),
-        "images_per_second": round(trained / max(meta["train_seconds"], 1e-9), 1),
+        "images_per_second": round(rate, 1),
         "parameters": count_parameters(classifier.state.params),
-        "class_names": list(names),
+        "class_names": list(examples.class_names),
         **meta.get("trained_by", machine.describe()),
         "evaluated_by": machine.describe(),
-        **scores,
     }
-    if tta:
-        mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
-        averaged = score(task, mean, examples.labels, names)
-        say(f"{split} {_shown(averaged)} with test-time augmentation ({tta})")
-        kept = averaged.get("figures", ("top1", "top1_interval", "top5", "loss"))
-        results["test_time_augmentation"] = {"views": tta} | {key: averaged[key] for key in kept}
-    if not is_main():
-        return results
-    official = split == "test" and checkpoint == config.eval.checkpoint
-    suffix = "" if official else f"_{split}_{checkpoint}"
-    with files.replacing(workdir / f"predictions{suffix}.npz") as file:
-        arrays: Any = {"logits": logits[split], "labels": examples.labels, "ids": examples.ids}
-        np.savez_compressed(file, **arrays)
-    path = workdir / f"results{suffix}.json"
-    write_json(path, results)
-    if official:
-        write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
-    say(f"{split} {_shown(scores)}  {path}")
-    return results
 
 
-def is_evaluated(config: ConfigDict, workdir: Path, test: Split, *, step: int) -> bool:
+def is_evaluated(config: ConfigDict, workdir: Path, splits: dict[str, Split], *, step: int) -> bool:
     """Whether results.json is of this step and config, with predictions and a report.
 
     A report that is missing or torn is written again: that is no other look at the test split.
@@ -129,7 +141,7 @@ def is_evaluated(config: ConfigDict, workdir: Path, test: Split, *, step: int) -
         same = all(found.results.get(key, value) == value for key, value in expected.items())
         reported = page.is_file() and found.sha256.encode() in page.read_bytes()[-99:]
         if same and not reported and is_main():
-            write_report(workdir, gallery_images=lambda rows: test.read(rows)["image"])
+            write_report(workdir, splits)
         return same
     except UserError:
         return False

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +20,21 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 from PIL import Image
-from scipy.special import softmax
 
 from imgcls.arguments import define_harmless
 from imgcls.config import flatten
 from imgcls.data import record
+from imgcls.data.splits import Split
 from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.evaluation import figures, scores
 from imgcls.evaluation.figures import figure
+from imgcls.evaluation.mistakes import by_confidence
 from imgcls.experiment import load_config, open_splits
 from imgcls.run import cli, logs
 from imgcls.run.files import write_bytes
 from imgcls.run.workdir import claim, read_json
 
 SAMPLES = "augmented.npy"  # uint8[n, H, W, C], which training leaves in the workdir
-GALLERY = 24  # images in each of the two galleries
 MATRIX_CLASSES = 20  # the confusion matrix of more is drawn as a picture, not as a table of counts
 PAIRS = 15  # rows in the table of the classes that are confused most
 
@@ -48,6 +48,7 @@ class Run(NamedTuple):
     logits: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    looked_at: dict[int, np.ndarray]  # uint8[h, w] by row
     sha256: str  # of results.json
 
 
@@ -68,6 +69,7 @@ def read_run(workdir: str | Path) -> Run:
         # Read as a whole, because zipfile takes an error of the disk for a broken file.
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
             logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
+            maps = dict(zip(saved.get("mistakes", ()), saved.get("looked_at", ())))  # if any
         if not (logits.shape == shape and labels.shape[:1] == ids.shape == shape[:1]):
             raise ValueError("its shapes are not those of results.json")
         if "per_class" in results:
@@ -80,7 +82,8 @@ def read_run(workdir: str | Path) -> Run:
         told = f"{'cannot be read' if whole else 'is broken'} ({' '.join(str(error).split())})"
         kind = CheckpointError if whole else UserError
         raise kind(f"{path} {told}: renew it with {remedy}") from error
-    return Run(workdir, results, config, logits, labels, ids, hashlib.sha256(content).hexdigest())
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Run(workdir, results, config, logits, labels, ids, maps, sha256)
 
 
 @contextlib.contextmanager
@@ -95,20 +98,19 @@ def shown(workdirs: Sequence[str | Path]) -> Iterator[None]:
         ) from error
 
 
-def write_report(
-    workdir: str | Path, *, gallery_images: Callable[[np.ndarray], np.ndarray]
-) -> Path:
+def write_report(workdir: str | Path, splits: dict[str, Split]) -> Path:
     """Writes `workdir/report.html` from the files of a finished run, and returns its path.
 
-    Shows metrics.jsonl, test_evaluations.jsonl and SAMPLES where there are any. `gallery_images`
-    maps positions int[n] of evaluated examples to their images uint8[n, H, W, C].
+    Shows metrics.jsonl, test_evaluations.jsonl and SAMPLES where there are any, and pictures of
+    `splits`: of "test", and of "validation" where the run has it.
 
     Raises UserError where a file is missing or broken, and what `write_page` raises.
     """
     run, samples = read_run(workdir), []
     with contextlib.suppress(Exception):  # there are none, or whatever a broken file raises
         images = np.load(run.workdir / SAMPLES, mmap_mode="r", allow_pickle=False)
-        samples = [image_uri(image) for image in images]
+        samples = [image_uri(thumbnail(image)) for image in images]
+    history = logs.read_metrics(run.workdir / "metrics.jsonl")
     with shown([workdir]):
         return write_page(
             run.workdir / "report.html",
@@ -118,13 +120,14 @@ def write_report(
             names=run.results["class_names"],
             model=flatten(run.config).get("model.name", "model"),
             test_evaluations=logs.read_lines(run.workdir / "test_evaluations.jsonl"),
-            curves=figures.learning_curves(logs.read_metrics(run.workdir / "metrics.jsonl")),
+            curves=figures.learning_curves(history),
+            history=history,
             samples=samples,
-            **(_of_classes(run, gallery_images) if "per_class" in run.results else {}),
+            **(_of_classes(run, splits) if "per_class" in run.results else {}),
         )
 
 
-def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+def _of_classes(run: Run, splits: dict[str, Split]) -> dict[str, Any]:
     """What the page shows of a classification alone."""
     per_class, calibration = run.results["per_class"], run.results["calibration"]
     worst = [k for k, row in enumerate(per_class) if row["support"]]
@@ -134,23 +137,23 @@ def _of_classes(run: Run, gallery_images: Callable[[np.ndarray], np.ndarray]) ->
     if temperature is not None:
         cooled = scores.reliability(run.logits / temperature, run.labels)
         series[f"at temperature {temperature:.2f}"] = cooled
-    confidence = softmax(run.logits / np.float64(temperature or 1), axis=1).max(axis=1)
-    predicted = run.logits.argmax(axis=1)
-    mistakes = np.flatnonzero(predicted != run.labels)
-    mistakes = mistakes[np.argsort(-confidence[mistakes], kind="stable")][:GALLERY]
-    unsure = np.argsort(confidence, kind="stable")[:GALLERY]
-    shown = np.concatenate([mistakes, unsure])
+    confidence, mistakes, unsure = by_confidence(run.logits, run.labels, temperature)
+    issues = run.results.get("label_issues", {"examples": 0, "first": []})
+    places = [("test", row) for row in (*mistakes.tolist(), *unsure.tolist())]
+    places += [(issue["split"], issue["row"]) for issue in issues["first"]]
+    pictures = {p: thumbnail(splits[p[0]].picture(p[1])) for p in set(places) if p[0] in splits}
     return {
         "matrix": _confusion(np.array(run.results["confusion_matrix"])),
         "worst": worst,  # lowest average precision first
         "precision_recall": figure(figures.precision_recall, run.logits, run.labels, worst),
         "reliability": figure(figures.reliability, series),
         "confidence_counts": figure(figures.confidence_counts, bins),
-        "predicted": predicted,
         "confidence": confidence,
         "mistakes": mistakes.tolist(),
         "unsure": unsure.tolist(),
-        "images": dict(zip(shown, map(image_uri, gallery_images(shown)))),
+        "issues": issues,
+        "images": {place: image_uri(picture) for place, picture in pictures.items()},
+        "heat": {i: heat_uri(x, pictures["test", i].size) for i, x in run.looked_at.items()},
     }
 
 
@@ -205,13 +208,27 @@ def sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def image_uri(image: np.ndarray, largest: int = 192) -> str:
-    """uint8[H, W, C], C 1, 3 or 4, as a PNG whose sides are at most `largest`."""
+def thumbnail(image: np.ndarray) -> Image.Image:
+    """uint8[H, W, C], C 1 or 3, at most 256 pixels wide and high."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.thumbnail((largest, largest))
+    picture.thumbnail((256, 256))
+    return picture
+
+
+def image_uri(picture: Image.Image) -> str:
+    kind = "jpeg" if max(picture.size) > 96 and picture.mode != "RGBA" else "png"  # 10x smaller
     file = io.BytesIO()
-    picture.save(file, "png")
-    return figures.data_uri("image/png", file.getvalue())
+    picture.save(file, kind, quality=85)
+    return figures.data_uri(f"image/{kind}", file.getvalue())
+
+
+def heat_uri(heat: np.ndarray, size: tuple[int, int]) -> str:
+    """uint8[h, w] as transparent colours, blue to red, with the proportions of `size`."""
+    from matplotlib import colormaps
+
+    reduced = [max(64 * n // max(size), 1) for n in size]
+    smooth = np.asarray(Image.fromarray(heat).resize(reduced, Image.Resampling.BICUBIC))
+    return image_uri(Image.fromarray(colormaps["turbo"](smooth, alpha=0.5, bytes=True)))
 
 
 def _confusion(counts: np.ndarray) -> dict[str, Any]:
@@ -234,7 +251,7 @@ def _confusion(counts: np.ndarray) -> dict[str, Any]:
         "shares": share,
         "heat": np.ceil(10 * shade).astype(int),
         "pairs": pairs,
-        "picture": image_uri(pixels, len(counts)) if len(counts) > MATRIX_CLASSES else None,
+        "picture": image_uri(Image.fromarray(pixels)) if len(counts) > MATRIX_CLASSES else None,
     }
 
 
@@ -246,12 +263,13 @@ def main(_: list[str]) -> None:
     config = load_config(workdir)
     with claim(workdir):
         run = read_run(workdir)  # what is missing is said before the data is loaded
-        (examples,) = open_splits(config, "test")
-        record.check(workdir, {"test": examples})
-        if run.ids.tolist() != list(examples.ids):
+        names = ["test", *(["validation"] if config.data.validation else [])]
+        splits = dict(zip(names, open_splits(config, *names)))
+        record.check(workdir, splits)
+        if run.ids.tolist() != list(splits["test"].ids):
             raise UserError(
                 f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore "
                 f"the data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
             )
-        path = write_report(workdir, gallery_images=lambda rows: examples.read(rows)["image"])
+        path = write_report(workdir, splits)
     logs.say(f"wrote {path}")

@@ -218,3 +218,31 @@ def test_more_than_the_memory_is_refused_before_it_is_read():
     # The advice is one: a part needs less.
     (split,) = load({"train": source}, "train[:3]", image_size=(1000, 1000))
     assert numbers(split) == [0, 1, 2] and source.reads == 3
+
+
+class Wide(Numbers):
+    """Its pictures are 8 high and 20 wide, and each pixel has the number of its column."""
+
+    def __getitem__(self, i):
+        columns = np.arange(20, dtype=np.uint8) + i
+        return super().__getitem__(i) | {"image": np.tile(columns[:, None], (8, 1, 1))}
+
+
+def test_pictures_are_those_of_the_source_as_far_as_they_are_used():
+    sources = {"train": Wide(6, bad=(1,)), "test": Wide(3, fingerprint="other")}
+    options = {"skip_bad": 1, "image_size": (4, 6)}
+    for resize, columns in (("squash", range(20)), ("crop", range(4, 16))):
+        (split,) = load(sources, "train+test[1:]", resize=resize, **options)
+        assert split.ids == ["train:0", *(f"train:{i}" for i in range(2, 6)), "test:1", "test:2"]
+        for row, i in enumerate([0, 2, 3, 4, 5, 1, 2]):
+            picture = split.picture(row)
+            assert picture.shape == (8, len(columns), 1)
+            assert picture[3, :, 0].tolist() == [i + column for column in columns]
+
+
+def test_a_picture_that_is_gone_is_shown_as_it_was_decoded():
+    source = Numbers(4)
+    (split,) = load({"train": source}, "train", image_size=(2, 2))
+    assert split.picture(3).shape == (4, 4, 1)
+    source.bad = (3,)
+    np.testing.assert_array_equal(split.picture(3), np.full((2, 2, 1), 3))

@@ -150,4 +150,5 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     assert done.stdout.endswith("\ncompare.html\n")
     page = (tmp_path / "two" / "compare.html").read_text()
     assert "Content-Security-Policy" in page and "+6.00" in page
+    assert "Top-1" in page and "Top-5" not in page  # of three classes
     assert hostile not in page and "&lt;script&gt;alert(1)" in page

@@ -1,5 +1,6 @@
 """The command that evaluates a finished run says what the end of training said."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -54,6 +55,27 @@ def test_validation_and_the_best_checkpoint_go_to_files_of_their_own(finished):
     with np.load(finished / "predictions_validation_best.npz", allow_pickle=False) as saved:
         assert results["top1"] == (saved["logits"].argmax(1) == saved["labels"]).mean()
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_mistakes_are_kept_for_the_report_and_contradicted_labels_for_their_owner(finished):
+    results = read(finished / "results.json")
+    with np.load(finished / "predictions.npz", allow_pickle=False) as saved:
+        wrong = np.flatnonzero(saved["logits"].argmax(1) != saved["labels"])
+        assert set(saved["mistakes"]) <= set(wrong) and len(saved["mistakes"]) == min(
+            24, len(wrong)
+        )
+        assert saved["looked_at"].shape == (len(saved["mistakes"]), 4, 4)
+        ids = saved["ids"].tolist()
+    with open(finished / "label_issues.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == results["label_issues"]["examples"] > 0
+    assert {row["split"] for row in rows} == {"test", "validation"}
+    for row, first in zip(rows, results["label_issues"]["first"]):
+        assert row == {key: str(value) for key, value in first.items()}
+        assert float(row["p_suggested"]) > float(row["p_given"])
+    rows = [row for row in rows if row["split"] == "test"]
+    assert all(ids[int(row["row"])] == row["id"] for row in rows)
+    assert {int(row["row"]) for row in rows} <= set(wrong)
 
 
 def test_the_test_split_again_gives_the_same_and_is_counted(finished):

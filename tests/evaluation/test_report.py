@@ -13,6 +13,7 @@ from PIL import Image
 
 from imgcls.errors import UserError
 from imgcls.evaluation import report
+from imgcls.evaluation.mistakes import by_confidence
 from tests.evaluation.browser import CHROMIUM, Browser
 from tests.helpers import random_logits, write_run
 
@@ -25,6 +26,9 @@ HOSTILE = [
     "long " * 40,
     "--><style>*{display:none}</style>",
 ]
+
+
+SPOTTED = {"split": "test", "row": 1, "suggested": HOSTILE[0], "p_suggested": 0.9}
 
 
 class Page(HTMLParser):
@@ -58,10 +62,23 @@ def gray_images(positions):
     )
 
 
-def write_report(workdir, samples=()):
+class Gray:
+    """In the place of a split: the picture of a row has pixels of one value, the row."""
+
+    def __init__(self, height=8, width=8):
+        self.shape = height, width, 1
+
+    def picture(self, row):
+        return np.full(self.shape, row % 256, np.uint8)
+
+
+SPLITS = {"test": Gray(), "validation": Gray()}
+
+
+def write_report(workdir, samples=(), splits=SPLITS):
     if len(samples):
         np.save(workdir / report.SAMPLES, samples)
-    return Page(report.write_report(workdir, gallery_images=gray_images))
+    return Page(report.write_report(workdir, splits))
 
 
 def decode(uri):
@@ -122,6 +139,9 @@ def test_it_says_what_the_files_say(run):
         "0.10.2",
         "c0ffee",
         "At temperature 1.300",
+        "Top-5 accuracy",
+        "Validation top-1 50.00%",
+        f"Always one class {100 * 29 / 200:.2f}% top-1 of always class 0",
     ):
         assert text in page.words, text
     captions = ["Loss", "Top-1 accuracy", "Learning rate", "Training images per second"]
@@ -165,6 +185,49 @@ def test_galleries_hold_the_surest_mistakes_and_the_least_sure(tmp_path):
     assert f"no , {100 / (1 + np.exp(-8)):.1f}% is yes" in page.words
 
 
+def with_heat(workdir, logits, labels, **options):
+    """A run whose mistakes have maps of 2 x 3, as `looked_at` leaves them."""
+    workdir = write_run(workdir, logits, labels, **options)
+    mistakes = by_confidence(logits, labels, options.get("temperature"))[1]
+    maps = np.zeros((len(mistakes), 2, 3), np.uint8)
+    maps[:, 0, 0] = 255
+    saved = dict(np.load(workdir / "predictions.npz"))
+    np.savez(workdir / "predictions.npz", **saved, mistakes=mistakes, looked_at=maps)
+    return workdir
+
+
+def test_photographs_are_shown_larger_and_where_it_looked_lies_over_each_mistake(tmp_path):
+    logits, labels = random_logits(900, 7)
+    workdir = with_heat(tmp_path, logits, labels)
+    page = write_report(workdir, splits={"test": Gray(900, 1200)})
+    shown = [Image.open(io.BytesIO(decode(a["src"]))) for a in page.of("img") if "title" in a]
+    assert [(image.format, image.size) for image in shown] == [("JPEG", (256, 192))] * (24 + 24)
+    assert len(page.of("ul", **{"class": "gallery large"})) == 2
+    heats = page.of("img", **{"class": "heat"})
+    assert len(heats) == 24 < (logits.argmax(1) != labels).sum()
+    heat = np.array(Image.open(io.BytesIO(decode(heats[0]["src"])))).astype(int)
+    assert heat.shape == (48, 64, 4)
+    red, blue, alpha = (heat[..., k] for k in (0, 2, 3))
+    assert red[0, 0] > blue[0, 0] and red[-1, -1] < blue[-1, -1] and (alpha == 127).all()
+
+
+def test_paths_stand_whole_below_the_pictures_and_below_labels_that_may_be_wrong(tmp_path):
+    path = "a class/" + "long" * 50 + ": 1.jpg"
+    issue = {"split": "validation", "row": 200, "id": "train:x/9.png", "given": "dog"}
+    issue |= {"p_given": 0.1, "suggested": "cat", "p_suggested": 0.75}
+    issues = {"examples": 40, "first": [issue, issue | {"split": "elsewhere"}]}
+    ids = [f"test:{path}", "b", "7"]
+    page = write_report(write_run(tmp_path, *random_logits(3, 3), ids=ids, label_issues=issues))
+    assert {path, "b", "7"} <= set(page.texts)
+    titles = {a["title"] for a in page.of("code", **{"class": "name"})}
+    assert titles == {*ids, "train:x/9.png"}
+    assert "contradicts the labels of 40 examples" in page.words and "The first 1:" in page.words
+    assert "cat , 75.0% validation, labelled dog x/9.png" in page.words
+    (image,) = (a["src"] for a in page.of("img", title="train:x/9.png"))
+    assert np.unique(Image.open(io.BytesIO(decode(image)))) == 200
+    assert not page.of("label") and not page.of("ul", **{"class": "gallery large"})
+
+
 def test_a_perfect_model_has_no_mistakes_to_show(tmp_path):
     page = write_report(write_run(tmp_path, 5 * np.eye(3, dtype=np.float32), np.arange(3)))
     assert "every example is classified correctly" in page.words
@@ -184,6 +247,7 @@ def test_hostile_texts_stay_texts(tmp_path):
         device=hostile,
         versions={hostile: hostile},
         checkpoint=hostile,
+        label_issues={"examples": 1, "first": [dict.fromkeys(("id", "given"), hostile) | SPOTTED]},
     )
     line = {"epoch": 1, "split": HOSTILE[0], "loss": 1.0}
     (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -203,7 +267,17 @@ def test_hostile_texts_stay_texts(tmp_path):
         "name",
         "data-value",
     }
-    known |= {"charset", "lang", "rel", "media", "width", "height", "type", "scope", "http-equiv"}
+    known |= {"tabindex"} | {
+        "charset",
+        "lang",
+        "rel",
+        "media",
+        "width",
+        "height",
+        "type",
+        "scope",
+        "http-equiv",
+    }
     assert {key for _, attributes in page.tags for key in attributes} <= known
     titles = {a.get("title") for a in page.of("bdi")}
     for name in HOSTILE:
@@ -244,10 +318,11 @@ def test_the_policy_admits_nothing_from_elsewhere(run):
     assert not re.search(r"url\(|@import|https?:", re.sub(r"base64,[^\"]*", "", page.html))
 
 
-def test_two_classes(tmp_path):
-    page = write_report(write_run(tmp_path, *random_logits(50, 2)))
+@pytest.mark.parametrize("classes", [2, 5])
+def test_of_few_classes_there_is_no_top_5(tmp_path, classes):
+    page = write_report(write_run(tmp_path, *random_logits(50, classes)))
     cells = [a for a in page.of("td") if "heat" in a.get("class", "")]
-    assert len(cells) == 4
+    assert len(cells) == classes**2
     assert "Top-5 accuracy" not in page.texts
 
 
@@ -331,8 +406,9 @@ def test_durations(seconds, text):
 def test_in_a_browser(tmp_path):
     logits, labels = random_logits(140, 7)
     logits, labels = logits[labels != 2], labels[labels != 2]
-    workdir = write_run(tmp_path / "run", logits, labels, HOSTILE, temperature=1.2)
-    write_report(workdir, samples=gray_images(range(8)))
+    names = {"class_names": HOSTILE, "ids": [f"test:{'long' * 30}/{i}" for i in range(len(labels))]}
+    workdir = with_heat(tmp_path / "run", logits, labels, **names, temperature=1.2)
+    write_report(workdir, samples=gray_images(range(8)), splits={"test": Gray(90, 120)})
     with Browser() as browser:
         for width, scheme in [(1200, "light"), (390, "dark")]:
             browser.open(workdir / "report.html", width=width, scheme=scheme)
@@ -347,6 +423,15 @@ def test_in_a_browser(tmp_path):
             )
         paper = browser.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         assert sum(map(int, re.findall(r"\d+", paper))) < 150  # dark
+        shade = "+getComputedStyle(document.querySelector('.heat')).opacity"
+        assert browser.evaluate(shade) == 0
+        browser.evaluate("document.querySelector('input').click()")
+        assert browser.evaluate(shade) == 1
+        boxes = (
+            "[...document.querySelector('.picture').children].map(i => i.getBoundingClientRect())"
+        )
+        size = f"{boxes}.map(b => [b.x, b.y, b.width, b.height].join())"
+        assert len(set(browser.evaluate(size))) == 1  # the one over the other
         recall = (
             "[...document.querySelectorAll('#classes tbody tr')].map(r => r.cells[2].innerText)"
         )
