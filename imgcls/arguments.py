@@ -1,57 +1,55 @@
 """The config on a command line: --config=FILE, and --config.KEY=VALUE."""
 
-import re
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from imgcls.config import flatten, keys_of, nearest
-from imgcls.errors import UserError, did_you_mean
+from imgcls.config import flatten, keys_of, validate
+from imgcls.errors import ImgclsError, UserError, did_you_mean, first_line, meant
 from imgcls.keys import HARMLESS, KEYS
 
 
 def from_arguments(argv: list[str]) -> ConfigDict | None:
     """The config that --config=FILE or --config=FILE:MODEL names, before flags set its keys.
 
-    Raises UserError where there is no such file, or where it offers no choice of a model.
+    Raises UserError where there is no such file, or its get_config() fails or offers no models.
     """
-    given = [argument for argument in argv if re.match("--?config=", argument)]
+    given = [argument for argument in argv if argument.startswith("--config=")]
     if not given:
         return None
     path, _, model = given[-1].partition("=")[2].partition(":")
     if not Path(path).is_file():
-        there = [*Path(path).parent.glob("*.py"), *Path("configs").glob("*.py")]
-        same = [file for file in there if file.stem == Path(path).stem]
-        near = (
-            did_you_mean(path, map(str, same[:1] or there), "--config=")
-            or "name a file with get_config()"
-        )
-        raise UserError(f"--config={path} does not exist: {near}")
+        there = sorted({*Path(path).parent.glob("*.py"), *Path("configs").glob("*.py")})
+        names = [f"--config={file}" for file in there]
+        near = did_you_mean(Path(path).stem, [file.stem for file in there], names)
+        near = near or f"there are {', '.join(names) or 'none in configs'}"
+        raise UserError(f"--config={path} is no file: {near}")
     try:
         return runpy.run_path(path)["get_config"](*([model] if model else []))
-    except TypeError as error:
+    except Exception as error:
+        if isinstance(error, ImgclsError):
+            raise
         if model and "positional argument" in str(error):
             raise UserError(f"{path} offers no choice of a model: leave :{model} away") from None
-        raise
+        why = f"fails ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"--config={path} {why}: name a file with get_config()") from error
 
 
-def check_flags(argv: list[str]) -> None:
-    """Raises UserError for a flag that does not exist, where a key of the config is near."""
-    config = from_arguments(argv)
-    keys = {} if config is None else flatten(config)
-    for argument in argv if keys else []:
-        name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("--") or name in flags.FLAGS:
-            continue
-        if name.startswith("config."):
-            key = name.removeprefix("config.")
-            if key not in keys:
-                raise UserError(f"{name} is not a key of this config: {nearest(key, keys)}")
-        elif found := [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]:
-            near = did_you_mean(name, found, prefix="--config.")
+def check_flags(argv: list[str], own: Iterable[str]) -> None:
+    """Raises UserError for a flag that is neither one of `own` nor a key of the config."""
+    if (config := from_arguments(argv)) is None:
+        return
+    given = dict(word.lstrip("-").partition("=")[::2] for word in argv if word.startswith("-"))
+    names = [k for k in ("model.name", "optim.name", "task.name") if f"config.{k}" in given]
+    validate((flat := flatten(config)) | {name: given[f"config.{name}"] for name in names})
+    keys = [f"config.{key}" for key in keys_of(flat)]
+    for name in given:
+        if not {name, name.removeprefix("no")} & {"", *flags.FLAGS, *keys}:
+            near = meant(name, [f"--{known}" for known in (*sorted(own), *keys)])
             raise UserError(f"there is no flag --{name}: {near}")
 
 

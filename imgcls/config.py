@@ -10,14 +10,14 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgcls import augment, optim
-from imgcls.errors import UserError, did_you_mean
+from imgcls.errors import UserError, meant
 from imgcls.keys import (
     BY_TYPE,
     GIVEN,
@@ -103,7 +103,7 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
         if flat[key] and len(flat[key]) != flat["data.channels"]:
             raise UserError(
                 f"config.{key}={flat[key]} must have a number for each of the "
-                f"config.data.channels={flat['data.channels']}"
+                f"config.data.channels={flat['data.channels']}: set --config.{key}, too"
             )
     for key in ("eval.checkpoint", "train.patience"):
         if flat[key] not in (0, "latest") and not flat["data.validation"]:
@@ -154,32 +154,20 @@ def _check_pooling(flat: dict[str, Any]) -> None:
 
 def _wrong_key(key: str, flat: dict[str, Any], keys: dict[str, Key]) -> str:
     """What to say of a key that should not be there, or is missing."""
-    section = key.partition(".")[0]
+    section, near = key.partition(".")[0], meant(f"config.{key}", [f"config.{k}" for k in keys])
     own = [k for k in keys if k.startswith(f"{section}.") and k not in KEYS]
-    if section in ("model", "optim", "task") and any(k not in flat for k in own):
+    lacks = ", ".join(k.partition(".")[2] for k in own) * any(k not in flat for k in own)
+    if section in ("model", "optim", "task") and (lacks or "did" not in near):
         name, part = flat[f"{section}.name"], {"optim": "optimizer"}.get(section, section)
-        shown = ", ".join(k.partition(".")[2] for k in own)
-        how = f'default_config({part}="{name}") in the config file'
-        if section == "model":
-            how = f"--config=FILE.py:{name} where the config offers it, or {how}"
+        why = f"has keys that this config lacks ({lacks})" if lacks else f"has no {key}"
+        offered = f"--config=FILE.py:{name} where the config offers it, or " * (section == "model")
         return (
-            f"config.{section}.name={name} has keys that this config lacks ({shown}): choose it "
-            f"with {how}"
+            f"config.{section}.name={name} {why}: choose it with {offered}"
+            f'default_config({part}="{name}") in the config file'
         )
     if key not in keys:
-        return f"config.{key} is not a key of this config: {nearest(key, keys)}"
+        return f"config.{key} is not a key of this config: {near}"
     return f"config.{key} is missing: it must be {keys[key].rule.expected}"
-
-
-def nearest(key: str, keys: Iterable[str]) -> str:
-    """What to say of a key that is none of `keys`."""
-    if key in RENAMED:
-        return f"it is called config.{RENAMED[key]} now"
-    last = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    section = [k for k in keys if k.partition(".")[0] == key.partition(".")[0]]
-    longer = [k for k in section if k.startswith(key)]
-    near = did_you_mean(key, last or longer[:1] or keys, prefix="config.")
-    return near or f"there are {', '.join(section or keys)}"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

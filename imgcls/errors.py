@@ -3,9 +3,9 @@
 Anything else that escapes is a defect of this project and keeps its traceback.
 """
 
-import difflib
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class ImgclsError(Exception):
@@ -46,11 +46,33 @@ class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """ "did you mean X?" of the nearest of the known names; empty where none is near."""
-    known = list(known)
-    near = known if len(known) == 1 else difflib.get_close_matches(name, known, 1)
-    return f"did you mean {prefix}{near[0]}?" if near else ""
+ELSEWHERE = """path=data.dir data=data.dir data_dir=data.dir data_path=data.dir root=data.dir
+    lr=optim.learning_rate wd=optim.weight_decay optimizer=optim.name bs=train.batch_size
+    model=model.name arch=model.name dataset=data.name img_size=data.image_size"""
+SYNONYMS = dict(pair.split("=") for pair in ELSEWHERE.split())  # what keys are called elsewhere
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: Iterable[object] = ()) -> str:
+    """ "did you mean X?" of the nearest of the known names, as it is `shown`; else empty."""
+    known = [*known]
+    folded = dict(zip(map(str.lower, known), [*shown] or known))
+    near = get_close_matches(name.lower(), folded, 1)
+    return f"did you mean {folded[near[0]]}?" if near else ""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What to say of a flag or a key that is none of `known`: the nearest of them, or a list."""
+    plain = lambda text: text.lower().replace("-", "_").lstrip("_").removeprefix("config.")
+    names = {plain(text): text for text in known}
+    section, _, last = plain(name).rpartition(".")
+    ends = dict[str, str]()
+    for key in sorted(names, key=lambda key: not key.startswith(f"{section}.")):
+        ends.setdefault(key.rpartition(".")[2], key)
+    near = [ends[last]] if last in ends else [ends[k] for k in ends if last and k.startswith(last)]
+    near += [k for k in (SYNONYMS.get(last, ""),) if k in names]
+    near += [ends[k] for k in get_close_matches(last, ends, 1, 0.7)]
+    listed = ", ".join(names[k] for k in names if ("." in k) == bool(section))
+    return f"did you mean {names[near[0]]}?" if near else f"there are {listed}"
 
 
 def printable(text: str | os.PathLike[str]) -> str:

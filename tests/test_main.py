@@ -104,7 +104,7 @@ def test_paths_begin_at_home_and_keys_that_change_no_result_may_be_given(tmp_pat
 def test_other_keys_of_a_trained_run_are_refused_in_one_line(tmp_path):
     result = evaluate_kept(tmp_path, "--workdir=~/run", "--config.optim.learning_rate=1")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "learning_rate cannot be changed after training: only --config.data" in result.stderr
+    assert "learning_rate cannot be set after training, only --config.data" in result.stderr
 
 
 def run_in_process(monkeypatch, error):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from imgcls.data.divide import Classes, complete, nfc, shuffled
 from imgcls.data.images import decode_image, hash_files, is_picture, picture_size
-from imgcls.errors import UserError, printable
+from imgcls.errors import UserError, did_you_mean, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
 # What desktops, archives, NAS and caches of thumbnails leave; so do names that start with a dot.
@@ -121,7 +121,8 @@ def open_folder(
     root = os.path.expanduser(data_dir)
     shown = printable(root)
     if not os.path.isdir(root):
-        raise UserError(f"{shown} is not a directory; name one with --config.data.dir")
+        near = did_you_mean(Path(root).name, [p.name for p in Path(root).parent.glob("*/")])
+        raise UserError(f"{shown} is not a directory: {near or 'name one with --config.data.dir'}")
     names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
     left_out: Counter[str] = Counter()
     tree = read_tree(root, follow_links=follow_links, ignore=names, left_out=left_out)

@@ -149,7 +149,7 @@ def _resolve(spec: str, sources: dict[str, Source]) -> list[tuple[str, range]]:
     # Shards, and "all", are for TFDS's own files.
     except (ValueError, NotImplementedError, AttributeError) as error:
         sizes = ", ".join(f"{name} ({len(s)} examples)" for name, s in sources.items())
-        reason = first_line(error).rstrip(".")
+        reason = first_line(error).partition(". Should")[0].rstrip(".")
         raise UserError(f"split {spec!r}: {reason}; this dataset has {sizes}") from None
     named = [(p.splitname, range(len(sources[p.splitname]))[p.from_ : p.to]) for p in parts]
     found = [(name, part) for name, part in named if part]

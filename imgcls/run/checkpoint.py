@@ -29,6 +29,9 @@ from imgcls.parallel import is_main
 from imgcls.run.logs import figures_of, read_metrics
 from imgcls.run.workdir import write_json
 
+# Orbax warns of what is meant here, and prints the traceback of errors that become ours.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
 
 class Checkpoints:
     """The checkpoints in one directory.
@@ -184,7 +187,8 @@ class Checkpoints:
         named: dict[str, int | None] = {"latest": steps[-1], "best": self._best(steps)}
         named |= {str(step): step for step in steps}
         if which not in named:
-            raise CheckpointError(f"{self._directory} has no checkpoint {which}: there are {steps}")
+            kind = CheckpointError if which.isdecimal() else UserError
+            raise kind(f"{self._directory} has no checkpoint {which}: there are {', '.join(named)}")
         if (step := named[which]) is None:
             raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
         return step

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from imgcls.errors import ImgclsError, UserError, did_you_mean, out_of_memory, visible
+from imgcls.errors import ImgclsError, UserError, meant, out_of_memory, visible
 from imgcls.run import signals
 from imgcls.run.logs import complain, drop, say
 
@@ -59,7 +59,6 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # Orbax warns of what is meant here, and prints the traceback of errors that become ours.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if "--debug" not in argv:
         sys.unraisablehook = _except_tensorstore
@@ -68,12 +67,10 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
         module = command()
         others = set(flags.FLAGS) - {"debug", "workdir"}  # of the libraries
         # A shell leaves the ~ of --name=~/path to the program.
+        argv = re.sub("\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
         argv = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in argv]
         module.define_flags()
-        arguments = _parse(module, argv, set(flags.FLAGS) - others)
-        if arguments and not hasattr(module, "POSITIONAL"):
-            raise UserError(f"unexpected argument {arguments[0]!r}: flags are --name=value")
-        module.main(arguments)
+        module.main(_parse(module, argv, set(flags.FLAGS) - others))
     except KeyboardInterrupt:
         code = 130
     except SystemExit as error:
@@ -121,21 +118,32 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
         raise SystemExit(0)
     try:
         if hasattr(module, "check_flags"):
-            module.check_flags(argv)
+            module.check_flags(argv, own)
         if hasattr(module, "GROUPS"):  # absl would drop a "--", and read no flag after it
             argv = ["-" if word == "--" else word for word in argv]
-        return flags.FLAGS(argv)[1:]
+        arguments = flags.FLAGS(argv)[1:]
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        free = ", ".join(f"--{name}" for name in sorted(own) if name.startswith("config."))
-        if free and error.flagname.partition(".")[0] == "config":
-            raise UserError(
-                f"--{error.flagname} cannot be changed after training: only {free} can"
-            ) from error
-        near = did_you_mean(error.flagname, own, prefix="--") or "see --help"
-        raise UserError(f"there is no flag --{error.flagname}: {near}") from error
-    except Exception as error:  # a flag, or anything that the user's config file raises
+        name, near = error.flagname, meant(error.flagname, [f"--{k}" for k in sorted(own)])
+        trained = name.partition(".")[0] == "config" not in own
+        why = f"--{name} cannot be set after training" if trained else f"there is no flag --{name}"
+        raise UserError(f"{why}: {near}") from error
+    except flags.IllegalFlagValueError as error:
+        name, value = re.findall("flag --(.+?)=(.*?): ", str(error), re.DOTALL)[0]
+        parser = flags.FLAGS[name].parser
+        kinds = {"bool": "true or false", "tuple": "a tuple such as (32,32)"}
+        kinds["string enum"] = f"one of {', '.join(getattr(parser, 'enum_values', ()))}"
+        wanted = parser.syntactic_help or kinds[parser.flag_type()]
+        raise UserError(f"--{name}={value} must be {wanted}") from error
+    except Exception as error:  # of a flag or a key
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
-        kind = "" if isinstance(error, flags.Error | KeyError | AttributeError) else "config: "
-        raise UserError(f"{kind}{text} (see --help)") from error
+        raise UserError(f"{text} (see --help)") from error
+    for word in arguments if not hasattr(module, "POSITIONAL") else ():
+        plain, path = word.lstrip("-–— "), Path(word)
+        fits = {"config": path.suffix == ".py", "workdir": (path / "config.json").exists()}
+        fits["data_dir"] = path.is_dir()
+        near = [plain] if "=" in plain else [f"{k}={word}" for k in fits if fits[k] and k in own]
+        hint = f"did you mean --{near[0]}?" if near else "flags are --name=value"
+        raise UserError(f"unexpected argument {word!r}: {hint}")
+    return arguments

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imgcls.errors import CheckpointError, UserError
+from imgcls.errors import CheckpointError, UserError, did_you_mean
 from imgcls.parallel import is_main
 from imgcls.run.files import lock, write_bytes
 
@@ -49,10 +49,12 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(value := copy.deepcopy(json.loads(path.read_bytes())), dict):
             return value
         raise ValueError("it is no JSON object")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: --workdir must be the directory of a run"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        beside = [*path.parent.glob(f"*/{path.name}"), *path.parents[1].glob(f"*/{path.name}")]
+        runs = [p.parent for p in beside]
+        near = did_you_mean(path.parent.name, [p.name for p in runs], runs)
+        near = near or "--workdir must be the directory of a run"
+        raise UserError(f"{path} does not exist: {near}") from None
     except OSError as error:  # which may pass
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend the disk") from None
     except (ValueError, RecursionError) as error:

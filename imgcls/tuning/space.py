@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgcls.config import default_config, flatten, from_json, to_json
-from imgcls.errors import UserError
+from imgcls.errors import UserError, meant
 from imgcls.keys import KEYS
 
 Space = dict[str, Any]
@@ -194,8 +194,8 @@ def config_at(config: ConfigDict, point: dict[str, Any]) -> ConfigDict:
     base = default_config(names["model"], names["optim"], flat["task.name"])
     kept = {k: v for k, v in flat.items() if k in KEYS or k.partition(".")[0] not in changed}
     point = point | {f"{part}.name": base[part].name for part in names}  # "resnet18" is a resnet
-    found = from_json(flatten(to_json(base)) | kept | point)
-    for key in point.keys() - flatten(found).keys():
+    for key in point.keys() - (known := flatten(base)).keys():
         shown = " and ".join(f"config.{part}.name={base[part].name}" for part in names)
-        raise UserError(f"--space: config.{key} is not a key of a config with {shown}")
-    return found
+        near = meant(key, [f"config.{k}" for k in known])
+        raise UserError(f"--space: config.{key} is not a key of a config with {shown}: {near}")
+    return from_json(flatten(to_json(base)) | kept | point)
