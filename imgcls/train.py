@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -117,6 +118,9 @@ def train_and_evaluate(
             state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
             if test and (int(state.step) == exp.total_steps or "stopped_early" in meta):
                 open_test(run, state, meta)
+                run_flag = shlex.quote(f"--workdir={workdir}")
+                say(f"open {workdir / 'report.html'}, or see what it says of your own pictures:")
+                say(f"python -m imgcls predict {run_flag} PICTURE_OR_FOLDER")
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
                 f"{workdir} cannot be used ({error.strerror}); saved checkpoints are intact: "
@@ -319,17 +323,15 @@ def log_row(
     }
     log.writer.write(row)
     figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    text = (
-        f"epoch {row['epoch']:.2f}/{exp.config.train.epochs}  {split:10s}  {figures}  "
-        f"lr {row['learning_rate']:.3g}  {rate:.0f} images/s"
-    )
+    epoch, fast = f"epoch {row['epoch']:.2f}/{exp.config.train.epochs}", f"{rate:.0f} images/s"
     if log.bar.disable:
         left = (exp.total_steps - step) * log.clock.train_seconds / step
-        say(f"step {step}  {text}  {left:.0f} s left")
+        fast = f"lr {row['learning_rate']:.3g}  {fast}  {left:.0f} s left"
+        say(f"step {step}  {epoch}  {split:10s}  {figures}  {fast}")
     elif split == "train":
-        log.bar.set_description(text)
+        log.bar.set_description_str(f"{figures}  {epoch}  {fast}")
     else:
-        say(text)
+        say(f"{epoch}  {split}  {figures}  {fast}")
     return row
 
 

@@ -22,7 +22,8 @@ from imgcls.run.files import append_line, write_bytes
 
 # What each row of metrics.jsonl has beside the figures of the task.
 ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
-FLUSH_SECONDS = 10  # of TensorBoard's events
+# What does not fit is cut off on the right.
+BAR = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
 
 
 def say(text: str, *, needed: bool = False) -> None:
@@ -51,7 +52,7 @@ def say(text: str, *, needed: bool = False) -> None:
 def complain(text: str) -> None:
     """Prints lines on stderr, as `say` does."""
     with contextlib.suppress(OSError):
-        print(visible(text), file=sys.stderr, flush=True)
+        tqdm.write(visible(text), file=sys.stderr)
 
 
 def drop(stream: TextIO) -> None:
@@ -65,8 +66,8 @@ def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tq
     doing = printable(doing)
     if not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")
-    options = {"total": total, "desc": doing, "unit": f" {unit}", "initial": initial}
-    with tqdm(**options, disable=None if is_main() else True, dynamic_ncols=True) as bar:
+    options: dict[str, Any] = {"dynamic_ncols": True, "disable": None if is_main() else True}
+    with tqdm(total=total, desc=doing, initial=initial, bar_format=BAR, **options) as bar:
         yield bar
 
 
@@ -175,7 +176,7 @@ class MetricWriter:
         write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._summary, self._event = summary, Event
         prefix, suffix = str(workdir / "events"), f".{secrets.token_hex(8)}"  # no link has the name
-        self._events, self._flushed = EventsWriter(prefix, suffix), time.monotonic()
+        self._events = EventsWriter(prefix, suffix)
         # TensorBoard forgets what earlier files say of this step and later.
         self._add(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -200,9 +201,7 @@ class MetricWriter:
 
     def _add(self, step: int, **content: Any) -> None:
         self._events.write_event(self._event(wall_time=time.time(), step=step, **content))
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._events.flush()
-            self._flushed = time.monotonic()
+        self._events.flush()
 
 
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
