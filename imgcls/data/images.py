@@ -91,8 +91,6 @@ def decode_image(
             if pixels > allowed:
                 size = f"{image.width}x{image.height}"
                 raise Image.DecompressionBombError(f"{size} is over {allowed:,} pixels")
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
             if image.format in ("JPEG", "MPO"):
                 scans, most = _count_scans(image.fp), min(MAX_SCANS, 15 * MAX_PIXELS // pixels)
                 if scans > most:
@@ -104,7 +102,25 @@ def decode_image(
         raise BadExampleError(f"{where}: {_reason(error, source)}") from error
 
 
+def as_array(image: Any, *, channels: int) -> np.ndarray:
+    """uint8[h, w, channels] of one image, which is any that `Classifier` takes, as by decoding."""
+    if isinstance(image, str | os.PathLike):
+        return decode_image(image, channels=channels)
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
+            array = np.rint(255 * array).astype(np.uint8)
+        right = array.size and array.ndim > 1 and array.shape[2:] in ((), (1,), (3,), (4,))
+        if array.dtype != np.uint8 or not right:
+            what = "an image must be [h, w] or [h, w, 1, 3 or 4] of uint8 or of floats in [0, 1]"
+            raise ValueError(f"{what}, not {array.dtype}{array.shape}")
+        image = Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
+    return _to_array(image, channels)
+
+
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     large = image.width * image.height > LARGE
     if large and image.draft(None, (image.width // 2, image.height // 2)):
         large = False  # a JPEG, which is halved while it is decoded

@@ -2,16 +2,23 @@
 
     python -m imgcls evaluate --workdir=runs/cifar10 [--split=test|validation|train]
                               [--checkpoint=latest|best|STEP] [--tta=flip|shifts]
+                              [--data_dir=OTHER]
 
 Reads the run's own config. Writes results.json for the test split at the checkpoint that the config
 names, results_<split>_<checkpoint>.json for any other, and predictions*.npz beside it. With --tta
 the logits of several views of each image are averaged too: a second figure beside the plain one.
 label_issues*.csv lists the examples of test and validation whose labels the model contradicts.
+With --data_dir it evaluates the pictures OTHER/<class>/* of the run's classes, which is no look at
+the test split, and writes results_on_<folder>_<checkpoint>.json.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
+import logging
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +31,9 @@ from imgcls import config as configs
 from imgcls import experiment
 from imgcls.arguments import define_harmless
 from imgcls.data import record
-from imgcls.data.splits import Split
-from imgcls.errors import DivergedError, UserError
+from imgcls.data.folder import FolderSource, Tree, read_tree
+from imgcls.data.splits import Split, load_splits
+from imgcls.errors import DivergedError, UserError, printable
 from imgcls.evaluation.mistakes import looked_at, write_issues
 from imgcls.evaluation.report import read_run, write_report
 from imgcls.evaluation.scores import score
@@ -53,7 +61,7 @@ def evaluate(
         classifier: at the checkpoint to evaluate.
         splits: `split` and, where the run has it, "validation", on which a temperature is fitted.
         workdir: of the run.
-        split: "train", "validation" or "test".
+        split: "train", "validation", "test", or a name for other data.
         checkpoint: the name it goes by: "latest", "best" or a step.
         tta: a key of `VIEWS`: adds the figures of test-time augmentation.
         poll: called before each batch; may raise to stop.
@@ -78,6 +86,7 @@ def evaluate(
     except DivergedError as error:
         raise DivergedError(f"{workdir}, checkpoint {checkpoint}: {error}") from error
     results = _told(classifier, examples, checkpoint) | scores
+    results |= {} if split in config.data else {"dataset": "image_folder"}
     if tta:
         mean = classifier.logits(examples, views=VIEWS[tta], poll=poll)
         averaged = score(task, mean, examples.labels, names)
@@ -171,25 +180,59 @@ VIEWS = {"flip": _mirrored, "shifts": _shifted}
 
 def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
+    flags.DEFINE_string("data_dir", None, "Folder of other pictures to evaluate on.")
     cli.define_checkpoint()
     define_harmless()
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
 
 
 def main(_: list[str]) -> None:
-    workdir, split, checkpoint = cli.required_workdir(), flags.FLAGS.split, flags.FLAGS.checkpoint
+    f, workdir = flags.FLAGS, cli.required_workdir()
+    split, checkpoint = f.split, f.checkpoint
     named = experiment.load_config(workdir).eval.checkpoint
-    official = split == "test" and checkpoint in ("", named)
+    official = split == "test" and checkpoint in ("", named) and not f.data_dir
     otherwise = "name a --split or --checkpoint whose results have a file of their own"
     with claim(workdir, otherwise) if official else contextlib.nullcontext():
         classifier = load(workdir, checkpoint, calibrated=False)
-        config = classifier.config
-        if not config.data[split]:
+        config, names = classifier.config, classifier.class_names
+        if f.data_dir:
+            folder = "-".join(Path(f.data_dir).absolute().parts[-2:])
+            split = "on_" + re.sub(r"\W+", "-", folder).strip("-")
+            splits = {split: open_other(classifier, f.data_dir)}
+        elif not config.data[split]:
             raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
-        names = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
-        splits = dict(zip(names, experiment.open_splits(config, *names)))
+        else:
+            opened = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
+            splits = dict(zip(opened, experiment.open_splits(config, *opened)))
         goes_by = {"split": split, "checkpoint": checkpoint or named}
         try:
-            evaluate(classifier, splits, workdir, **goes_by, tta=flags.FLAGS.tta or "")
+            scores = evaluate(classifier, splits, workdir, **goes_by, tta=f.tta or "")
         except OSError as error:
             raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
+        if f.data_dir and "confusion_matrix" in scores:
+            counts = np.array(scores["confusion_matrix"])
+            np.fill_diagonal(counts, 0)
+            most = [np.unravel_index(i, counts.shape) for i in counts.argsort(axis=None)[:-6:-1]]
+            pairs = [f"{names[i]} as {names[j]} {counts[i, j]}" for i, j in most if counts[i, j]]
+            say(f"confused most: {', '.join(pairs) or 'none'}")
+
+
+def open_other(classifier: Classifier, root: str) -> Split:
+    """Pictures root/<class>/* of the run's classes; a UserError where there are none."""
+    c, names = classifier.config.data, classifier.class_names
+    tree = read_tree(root, follow_links=c.follow_links) if os.path.isdir(root) else Tree([], {})
+    found = {printable(name): [*folder.below()] for name, folder in tree.folders.items()}
+    known = {k: [os.path.relpath(path, root) for path in found.get(k, ())] for k in names}
+    unknown = ", ".join(sorted(found.keys() - {*names}))
+    if not any(known.values()):
+        has = f"has folders of pictures of no class of this run, {', '.join(names[:20])}"
+        raise UserError(f"--data_dir={root} {has}, but {unknown or 'none'}")
+    if unknown:
+        logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
+    if missing := ", ".join(name for name in names if not known[name]):
+        logging.warning("%s has no pictures of %s", root, missing)
+    sources: Any = {"pictures": FolderSource(root, known, list(names), c.channels)}
+    how: Any = {"image_size": tuple(c.image_size), "channels": c.channels, "resize": c.resize}
+    (split,) = load_splits(sources, ["pictures"], **how, skip_bad=c.skip_bad)
+    name = f"{root} without {unknown}" if unknown else root
+    return dataclasses.replace(split, name=name, class_names=names)

@@ -4,14 +4,15 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from tqdm import tqdm
 
-from imgcls.data.images import fit_image
+from imgcls.data.images import as_array, fit_image
 from imgcls.data.order import eval_order
 from imgcls.data.splits import Split
 from imgcls.experiment import Experiment, load_config
@@ -36,19 +37,19 @@ class Classifier:
         self.config, self.class_names = experiment.config, experiment.class_names
         self._predict = experiment.jit_predict_step()
 
-    def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Probabilities float32[N, K] of images uint8[N, h, w, C], or a sequence of uint8[h, w, C].
+    def __call__(self, images: Any) -> np.ndarray:
+        """Probabilities float32[N, K] of one image (N is 1) or several, as decoded in training.
 
-        Images of another size than the model's are resized as they were in training.
+        An image is a path, a PIL image, or an array [h, w], [h, w, 1], [h, w, 3] or, with alpha,
+        [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file that cannot be
+        read, and ValueError for another array.
         """
-        c = self.config.data
-        size = tuple(c.image_size)
-        fitted = np.empty((len(images), *size, c.channels), np.uint8)
-        for i, image in enumerate(map(np.asarray, images)):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != c.channels:
-                expected = f"uint8[h, w, {c.channels}]"
-                raise ValueError(f"an image must be {expected}, not {image.dtype}{image.shape}")
-            fitted[i] = fit_image(image, image_size=size, resize=c.resize)
+        c, size = self.config.data, tuple(self.config.data.image_size)
+        one = isinstance(images, str | os.PathLike | Image) or getattr(images, "ndim", 0) in (2, 3)
+        arrays = [as_array(x, channels=c.channels) for x in ([images] if one else images)]
+        fitted = np.empty((len(arrays), *size, c.channels), np.uint8)
+        for row, array in zip(fitted, arrays):
+            row[:] = fit_image(array, image_size=size, resize=c.resize)
         labels = np.zeros(len(fitted), np.int32)
         split = Split("images", [fitted], labels, range(len(fitted)), self.class_names)
         logits = self.logits(split, quiet=True) / np.float32(self.temperature)

@@ -1,31 +1,39 @@
 """What a trained model says about pictures.
 
     python -m imgcls predict --workdir=runs/cifar10 [--checkpoint=latest|best|STEP] [--top=5]
-                             [--raw] [--json] IMAGE_OR_FOLDER...
+                             [--threshold=0.8] [--raw] [--json|--csv] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
 of the names, without hidden files and those that are no pictures by their names. With --json a line
 is {"path", "predictions": [{"class", "probability"}, ...]}, the likeliest first, or {"path",
 "error"} for a file that cannot be read: these are named on stderr, the others are still predicted,
-and the exit code is 2. Probabilities are calibrated where `evaluate` fitted a temperature on
-validation; with --raw they are the network's.
+and the exit code is 2. With --csv a row is path, class, probability, unsure, error, and a picture
+has --top of them. Pictures whose likeliest class is below --threshold are marked as unsure.
+Probabilities are calibrated where `evaluate` fitted a temperature on validation; with --raw they
+are the network's.
 """
 
+import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from imgcls.arguments import define_harmless
 from imgcls.data.folder import read_tree
 from imgcls.data.images import decode_image, fit_image
-from imgcls.errors import BadExampleError, UserError, printable
+from imgcls.errors import BadExampleError, UserError, did_you_mean, printable
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
-from imgcls.run.logs import complain, say
+from imgcls.run.logs import BAR, complain, say
 
 POSITIONAL = True  # arguments are not only flags
 
@@ -44,7 +52,9 @@ def find_files(arguments: Iterable[str]) -> list[str]:
             found.append(argument)
         else:  # reading a pipe could take for ever
             why = "is no regular file" if os.path.exists(argument) else "does not exist"
-            raise UserError(f"{printable(argument)} {why}: name pictures or folders")
+            beside = [*Path(argument).parent.glob("*")]
+            near = did_you_mean(Path(argument).name, [p.name for p in beside], beside)
+            raise UserError(f"{printable(argument)} {why}: {near or 'name pictures or folders'}")
     if not found:
         raise UserError("there is no file to predict: name pictures, or folders that hold some")
     return found
@@ -71,31 +81,48 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
 
 def define_flags() -> None:
     flags.DEFINE_integer("top", None, "How many classes to show; else 5, or all of fewer.")
+    flags.DEFINE_float("threshold", None, "Mark pictures whose best class is less probable.", 0, 1)
     flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
+    flags.DEFINE_boolean("csv", False, "Comma-separated values, for spreadsheets.")
     cli.define_checkpoint()
     define_harmless()
     cli.define_raw()
 
 
 def main(arguments: list[str]) -> None:
-    paths, top = find_files(arguments), flags.FLAGS.top
-    calibrated = not flags.FLAGS.raw
-    classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint, calibrated=calibrated)
+    f, paths = flags.FLAGS, find_files(arguments)
+    if f.json and f.csv:
+        raise UserError("--json and --csv exclude each other: choose one")
+    classifier = load(cli.required_workdir(), f.checkpoint, calibrated=not f.raw)
     names = classifier.class_names
-    if top is not None and not 1 <= top <= len(names):
-        raise UserError(f"--top={top} must be from 1 to {len(names)}, the classes of this run")
+    if f.top is not None and not 1 <= f.top <= len(names):
+        raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
     wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
-    bad = 0
-    for path, found in zip(paths, predict(classifier, paths)):
-        row, text = dict[str, object](path=path), f"{printable(path):<{wide}}"
+    top = f.top or (1 if f.csv else min(5, len(names)))
+    table = csv.writer(SimpleNamespace(write=partial(say, needed=True)), lineterminator="")
+    if f.csv:
+        table.writerow(["path", "class", "probability", "unsure", "error"])
+    bad, shown = 0, {"total": len(paths), "bar_format": BAR, "disable": None, "dynamic_ncols": True}
+    for path, found in tqdm(zip(paths, predict(classifier, paths)), "predicting", **shown):
+        error, best, doubt = "", list[tuple[str, float]](), {}
         if isinstance(found, BadExampleError):
-            bad += 1
-            complain(f"error: {found}")
-            row["error"], text = str(found), f"{text}  cannot be read"
+            bad, error = bad + 1, str(found)
+            complain(f"error: {error}")
         else:
-            best = [(names[k], float(found[k])) for k in np.argsort(-found)[: top or 5]]
-            row["predictions"] = [{"class": name, "probability": p} for name, p in best]
-            text += "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
-        say(json.dumps(row) if flags.FLAGS.json else text, needed=True)
+            best = [(names[k], float(found[k])) for k in np.argsort(-found)[:top]]
+            doubt = {} if f.threshold is None else {"unsure": best[0][1] < f.threshold}
+        if f.csv:
+            for name, p in best or [("", "")]:
+                table.writerow([path, name, p, doubt.get("unsure"), error])
+        elif f.json:
+            row: Any = {"predictions": [{"class": name, "probability": p} for name, p in best]}
+            say(
+                json.dumps({"path": path} | (row if best else {"error": error}) | doubt),
+                needed=True,
+            )
+        else:
+            text = "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
+            text = text + "  unsure" * doubt.get("unsure", 0) or "  cannot be read"
+            say(f"{printable(path):<{wide}}{text}", needed=True)
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")

@@ -190,6 +190,7 @@ class Flags(SimpleNamespace):
 
 def set_flags(monkeypatch, workdir, **changed):
     values = {"workdir": workdir, "checkpoint": "", "top": None, "json": False, "raw": False}
+    values |= {"csv": False, "threshold": None}
     values |= changed
     monkeypatch.setattr(flags, "FLAGS", Flags(**values))
 
