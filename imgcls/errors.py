@@ -65,13 +65,13 @@ def meant(name: str, known: Iterable[str]) -> str:
     plain = lambda text: text.lower().replace("-", "_").lstrip("_").removeprefix("config.")
     names = {plain(text): text for text in known}
     section, _, last = plain(name).rpartition(".")
-    ends = dict[str, str]()
-    for key in sorted(names, key=lambda key: not key.startswith(f"{section}.")):
+    inside, ends = [k for k in names if k.startswith(f"{section}.")], dict[str, str]()
+    for key in (*inside, *names):
         ends.setdefault(key.rpartition(".")[2], key)
     near = [ends[last]] if last in ends else [ends[k] for k in ends if last and k.startswith(last)]
     near += [k for k in (SYNONYMS.get(last, ""),) if k in names]
     near += [ends[k] for k in get_close_matches(last, ends, 1, 0.7)]
-    listed = ", ".join(names[k] for k in names if ("." in k) == bool(section))
+    listed = ", ".join(names[k] for k in inside or names if inside or "." not in k)
     return f"did you mean {names[near[0]]}?" if near else f"there are {listed}"
 
 

@@ -1,7 +1,9 @@
 """The command as its users type it: each mistake costs seconds and gets one line."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import jax
 import pytest
 
 from imgcls.run import cli
-from tests.helpers import ROOT, flags_of, run_main, small_config
+from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_faults import LONGER
 
 DIGITS = "--config=configs/digits.py"
@@ -40,41 +42,107 @@ def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
     arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config(**LONGER))]
     result = run_main(*arguments)
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
-    assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", last)
+    scores, page, command = result.stdout.splitlines()[-3:]
+    assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", scores)
+    assert str(workdir / "report.html") in page and (workdir / "report.html").is_file()
+    typed = ["python", "-m", "imgcls", "predict", f"--workdir={workdir}", "PICTURE_OR_FOLDER"]
+    assert shlex.split(command) == typed
     again = run_main(*arguments)
     assert again.returncode == 0 and "already finished" in again.stdout
+    assert again.stdout.splitlines()[-1] == command
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--workdir=w"], "--config is missing"),
-        ([DIGITS], "--workdir is missing"),
-        (
-            [DIGITS, "--workdir=w", "--config.optim.learning_rat=1"],
-            "config.optim.learning_rate?",
-        ),
-        (
-            [DIGITS, "--workdir=w", "--epochs=5"],
-            "did you mean --config.train.epochs?",
-        ),
-        ([f"{DIGITS}:resnet18", "--workdir=w"], "configs/digits.py offers no choice of a model"),
-        (["--config=configs/digts.py", "--workdir=w"], "did you mean --config=configs/digits.py?"),
-        ([DIGITS, "--workdir=w", "--config.optim.learning_rate=nan"], "learning_rate=nan must be"),
-        ([DIGITS, "--workdir=w", "--config.train.epochs=1.5"], "config.train.epochs"),
-        ([DIGITS, "--workdir=w", "--config.data.name=mnits"], "mnist"),
-        ([DIGITS, "--workdir=w", "--config.model.name=cnm"], "one of cnn, mlp"),
-        ([DIGITS, "--workdir=w", "--wrkdir=x"], "no flag --wrkdir: did you mean --workdir?"),
-        ([DIGITS, "--workdir=w", "stray"], "unexpected argument 'stray'"),
-        (["--config=configs/nothing.py", "--workdir=w"], "configs/nothing.py"),
-        (["--config=digits", "--workdir=w"], "did you mean --config=configs/digits.py?"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_mistakes_are_refused_in_one_line(tmp_path, arguments, message):
-    arguments = [a.replace("--workdir=w", f"--workdir={tmp_path / 'w'}") for a in arguments]
-    assert re.search(message, refused(*arguments))
+# What is typed, and what the answer holds. @: main.py with a config and a workdir.
+TYPED = """
+main.py --workdir=w  |  --config is missing
+main.py --config=configs/digits.py  |  --workdir is missing
+main.py --config=configs/digits.py --workdir  |  Missing value for flag --workdir
+@ stray  |  unexpected argument 'stray'
+main.py configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
+main.py --config=digits --workdir=w  |  did you mean --config=configs/digits.py?
+main.py --config configs/digts.py --workdir w  |  did you mean --config=configs/digits.py?
+main.py --config=configs/Digits.py --workdir=w  |  did you mean --config=configs/digits.py?
+main.py --config=configs --workdir=w  |  is no file: there are --config=configs/cifar10.py, --conf
+main.py --config=nothing/like.it --workdir=w  |  is no file: there are --config=configs/cifar10.py
+main.py --config=README.md --workdir=w  |  --config=README.md fails (SyntaxError: invalid
+main.py --config=main.py --workdir=w  |  fails (KeyError: 'get_config'): name a file with get_con
+main.py --config=configs/digits.py:resnet18 --workdir=w  |  digits.py offers no choice of a model
+main.py --config=configs/image_folder.py:vit --workdir=w  |  must be one of cnn
+main.py --configs=configs/digits.py --workdir=w  |  --configs: did you mean --config?
+main.py —config=configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
+main.py --config=configs/digits.py --wrkdir=w  |  no flag --wrkdir: did you mean --workdir?
+@ --gpu=0  |  no flag --gpu: there are --config, --coordinator_addr
+@ --debug=maybe  |  --debug=maybe must be true or false
+@ --epochs=5  |  did you mean --config.train.epochs?
+@ --batch-size=5  |  did you mean --config.train.batch_size?
+@ --data_dir=x  |  did you mean --config.data.dir?
+@ config.data.dir=x  |  did you mean --config.data.dir=x?
+@ --config.data.path=x  |  did you mean --config.data.dir?
+@ --config.train.epoch=5  |  did you mean --config.train.epochs?
+main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean --config.seed?
+@ --config.lr=1  |  did you mean --config.optim.learning_rate?
+@ --config.optim.learning_rat=1  |  --config.optim.learning_rate?
+@ --config.train.label_smoothing=0  |  --config.task.label_smoothing?
+@ --config.augment.flip=1  |  --config.augment.flip_probability?
+@ --config.model.zzz=1  |  there are --config.model.name, --config.mod
+@ --config.train.epochs=5.5  |  epochs=5.5 must be an integer
+@ --config.train.epochs=0  |  epochs=0 must be a whole number from 1
+@ --config.optim.learning_rate=0,1  |  =0,1 must be a number
+@ --config.optim.learning_rate=nan  |  learning_rate=nan must be
+@ --config.data.alternate_flip=yes  |  =yes must be true or false
+@ --config.data.image_size=(8,8  |  must be a tuple such as (32,32)
+@ --config.data.image_size=8  |  must be (height, width)
+@ --config.data.name=mnits  |  did you mean mnist?
+@ --config.data.channels=3  |  set --config.data.mean, too
+@ --config.model.name=cnm  |  must be one of cnn, mlp
+@ --config.model.name=mlp  |  choose it with --config=FILE.py:mlp
+@ --config.model.dtype=bf16  |  must be one of float32, bfloat16
+@ --config.optim.name=adam  |  must be one of sgd, adamw
+@ --config.optim.schedule=cosin  |  must be one of constant, cosine
+imgcls evalute --workdir=run  |  did you mean evaluate?
+imgcls infer --workdir=run  |  it is one of train, evaluate, predict
+imgcls --workdir=run predict x.png  |  the command stands before the flags
+imgcls evaluate run  |  did you mean --workdir=run?
+imgcls evaluate --workdir=rnu  |  rnu/config.json does not exist: did you mean run?
+imgcls evaluate --workdir=run --split=val  |  must be one of test, validation, train
+imgcls evaluate --workdir=run --data=run  |  did you mean --data_dir?
+imgcls evaluate --workdir=run --config.data.path=x  |  did you mean --config.data.dir?
+imgcls evaluate --workdir=run --checkpoint=bset  |  no checkpoint bset: there are latest, best
+imgcls predict --workdir=run  |  there is no file to predict
+imgcls predict --workdir=run rnu  |  rnu does not exist: did you mean run?
+imgcls predict --workdir=run --topk=3 run  |  did you mean --top?
+imgcls predict --workdir=run --top run  |  --top=run must be an integer
+imgcls predict --workdir=run --threshold=80 run  |  must be a number in the range [0, 1]
+imgcls predict --workdir=run --csv --json run  |  --json and --csv exclude each other
+imgcls export --workdir=run --format=onxx --output=x  |  must be one of stablehlo, onnx, safetensors
+imgcls sweep --config=configs/digits.py --workdir=w --space=optim.mmm=1  |  is not a key of
+"""
+TYPED = TYPED.strip().replace("@", f"main.py {DIGITS} --workdir=w").splitlines()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What is typed -> exit code and output, from one process that forks for each."""
+    folder = tmp_path_factory.mktemp("typed")
+    shutil.copytree(ROOT / "tests/fixtures/run", folder / "run")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("main.py", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    typed = [line.partition("  |  ")[0] for line in TYPED]
+    command = [sys.executable, str(ROOT / "tests/typed.py")]
+    options = {"input": "\n".join(typed), "cwd": folder, "env": as_users(), "timeout": 300}
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    assert not list((folder / "w" / "checkpoints").glob("*"))
+    return dict(zip(typed, json.loads(result.stdout)))
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_what_is_mistyped_is_answered_in_one_sentence_with_the_nearest_or_the_list(answers, line):
+    typed, _, expected = line.partition("  |  ")
+    code, printed = answers[typed]
+    (error,) = [text for text in printed.splitlines() if text.startswith("error: ")]
+    assert code == 2 and expected in error and "Traceback" not in printed
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):

@@ -279,14 +279,14 @@ def test_a_torn_line_and_lines_past_the_restored_step_are_cut(tmp_path):
     ]
 
 
-def test_events_say_what_was_logged_and_from_which_step_on_it_counts(tmp_path):
+def test_events_on_the_disk_say_at_once_what_was_logged_and_from_which_step_on(tmp_path):
     from tensorboardX.proto.event_pb2 import SessionLog
 
     writer = MetricWriter(tmp_path, start_step=5, validated_step=0)
     writer.write({"step": 7, "split": "train", "loss": 0.5})
     writer.image("train/augmented", np.zeros((4, 4, 3), np.uint8), 0)
-    writer.close()
     version, start, loss, image = read_events(tmp_path)
+    writer.close()
     assert version.file_version == "brain.Event:2"
     assert start.step == 6 and start.session_log.status == SessionLog.START
     assert (loss.step, loss.summary.value[0].tag) == (7, "train/loss")

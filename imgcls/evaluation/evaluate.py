@@ -225,8 +225,11 @@ def open_other(classifier: Classifier, root: str) -> Split:
     known = {k: [os.path.relpath(path, root) for path in found.get(k, ())] for k in names}
     unknown = ", ".join(sorted(found.keys() - {*names}))
     if not any(known.values()):
-        has = f"has folders of pictures of no class of this run, {', '.join(names[:20])}"
-        raise UserError(f"--data_dir={root} {has}, but {unknown or 'none'}")
+        classes = ", ".join(names[:20])
+        raise UserError(
+            f"--data_dir={root} has no folder of pictures of the classes {classes}: its folders "
+            f"are {unknown or 'none'}"
+        )
     if unknown:
         logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
     if missing := ", ".join(name for name in names if not known[name]):

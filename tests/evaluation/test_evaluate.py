@@ -4,12 +4,15 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from imgcls import experiment, load
 from imgcls.config import to_json
@@ -21,7 +24,7 @@ from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
-from tests.helpers import ROOT, as_users, small_config
+from tests.helpers import ROOT, all_images, as_users, small_config
 
 
 def evaluate(workdir, *arguments):
@@ -215,6 +218,56 @@ def test_a_report_of_other_examples_is_refused(finished, tmp_path):
     result = run_report(workdir)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "the test examples are no longer those of" in result.stderr
+
+
+@pytest.fixture
+def elsewhere(finished, tmp_path):
+    """A folder of validation pictures: not of class 3, and some of no class of the run."""
+    (split,) = open_splits(load_config(finished), "validation")
+    for i, (image, label) in enumerate(zip(all_images(split), split.labels)):
+        folder = tmp_path / "pictures" / ("letters" if label == 3 else str(label)) / "more"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_another_folder_is_evaluated_by_the_names_of_its_classes_and_is_no_look_at_the_test_split(
+    finished, elsewhere, monkeypatch, capsys, caplog
+):
+    before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    flags = {"workdir": finished, "split": "test", "checkpoint": "", "tta": None}
+    flags = SimpleNamespace(data_dir=str(elsewhere), **flags)
+    monkeypatch.setattr(evaluation.flags, "FLAGS", flags)
+    monkeypatch.setattr(evaluation.cli, "required_workdir", lambda: finished)
+    monkeypatch.setattr(experiment, "harmless", dict)
+    evaluation.main([])
+    name = f"on_{elsewhere.parent.name}-pictures_latest"
+    results = read(finished / f"results_{name}.json")
+    with np.load(finished / f"predictions_{name}.npz") as saved:
+        logits, labels, ids = (saved[key] for key in ("logits", "labels", "ids"))
+    assert [path.split("/")[0].removeprefix("pictures:") for path in ids] == labels.astype(
+        str
+    ).tolist()
+    assert results["examples"] == len(labels) < 90
+    assert results["top1"] == (logits.argmax(1) == labels).mean()
+    assert results["split"] == f"{elsewhere} without letters"
+    for text in ("left out: letters", "has no pictures of 3"):
+        assert text in caplog.text
+    matrix = np.array(results["confusion_matrix"])
+    np.fill_diagonal(matrix, 0)
+    *_, scores, confused = capsys.readouterr().out.splitlines()
+    assert f"top1 {results['top1']:.4f}" in scores
+    assert re.match(rf"confused most: \d as \d {matrix.max()}", confused)
+    after = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    assert {path: content for path, content in after.items() if path in before} == before
+
+
+def test_a_folder_without_pictures_of_the_classes_is_refused(finished, elsewhere):
+    classifier = load(finished)
+    with pytest.raises(UserError, match="no folder of pictures of the classes 0, .*: its.* more"):
+        evaluation.open_other(classifier, str(elsewhere / "letters"))
+    with pytest.raises(UserError, match="are none"):
+        evaluation.open_other(classifier, str(elsewhere / "nowhere"))
 
 
 def test_views_are_shifts_and_mirror_images_of_the_picture():

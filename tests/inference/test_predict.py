@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import os
 import shutil
@@ -189,9 +191,8 @@ class Flags(SimpleNamespace):
 
 
 def set_flags(monkeypatch, workdir, **changed):
-    values = {"workdir": workdir, "checkpoint": "", "top": None, "json": False, "raw": False}
-    values |= {"csv": False, "threshold": None}
-    values |= changed
+    values = {"workdir": workdir, "checkpoint": "", "top": None, "threshold": None}
+    values |= {"json": False, "csv": False, "raw": False} | changed
     monkeypatch.setattr(flags, "FLAGS", Flags(**values))
 
 
@@ -258,4 +259,83 @@ def test_a_temperature_of_another_step_and_none_at_all_calibrate_nothing(results
 def test_no_class_and_more_than_there_are_cannot_be_asked_for(workdir, pictures, monkeypatch, top):
     set_flags(monkeypatch, workdir, top=top)
     with pytest.raises(UserError, match=f"--top={top} must be from 1 to 10"):
+        module.main([str(pictures)])
+
+
+def test_one_or_several_paths_pictures_and_arrays_of_any_kind_are_that_digit(
+    classifier, digits, pictures, tmp_path
+):
+    gray, path = digits[0, ..., 0], pictures / "000.png"
+    plain = Image.fromarray(gray)
+    colour = np.dstack([gray] * 3)
+    sideways = plain.transpose(Image.Transpose.ROTATE_90)
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    sideways.save(tmp_path / "sideways.png", exif=exif)
+    expected = classifier(digits[:1])
+    assert expected.shape == (1, 10)
+    kinds = (path, str(path), plain, plain.convert("RGBA"), Image.open(tmp_path / "sideways.png"))
+    kinds += (gray, gray[..., None], colour, np.dstack([colour, np.full_like(gray, 255)]))
+    kinds += (gray / 255, np.float32(colour) / 255)
+    for kind in kinds:
+        np.testing.assert_allclose(classifier(kind), expected, atol=1e-6, err_msg=str(type(kind)))
+    found = classifier([*kinds, *digits[1:3]])
+    np.testing.assert_allclose(found[:-2], np.tile(expected, (len(kinds), 1)), atol=1e-6)
+    np.testing.assert_allclose(found[-2:], classifier(digits[1:3]), atol=1e-6)
+    transparent = np.dstack([colour, np.zeros_like(gray)])
+    white = classifier(np.full_like(gray, 255))
+    np.testing.assert_allclose(classifier(transparent), white, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((8, 8), np.int32), np.full((8, 8), 2.0), np.zeros((8, 8, 5), np.uint8), np.zeros(8)],
+    ids=["int32", "floats over 1", "five channels", "one axis"],
+)
+def test_another_array_is_refused_with_what_is_expected(classifier, image):
+    with pytest.raises(ValueError, match=r"of uint8 or of floats in \[0, 1\], not"):
+        classifier([image])
+    with pytest.raises(BadExampleError, match="nowhere.png"):
+        classifier("nowhere.png")
+
+
+def test_loading_a_run_tells_nothing_of_orbax(workdir, caplog):
+    caplog.set_level("INFO")
+    load(workdir)
+    assert not [record for record in caplog.records if "orbax" in record.pathname]
+
+
+def test_a_table_for_spreadsheets_quotes_names_and_tells_errors(
+    workdir, digits, tmp_path, monkeypatch, capsys
+):
+    names = ['a "quoted", name.png', "bad.png", "two\nlines.png"]
+    for name in names[::2]:
+        Image.fromarray(digits[0, ..., 0]).save(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes(b"")
+    set_flags(monkeypatch, workdir, csv=True, top=2)
+    with pytest.raises(UserError, match="1 of 3 files cannot be read"):
+        module.main([str(tmp_path)])
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["path", "class", "probability", "unsure", "error"]
+    paths = [str(tmp_path / name) for name in names]
+    assert [row[0] for row in rows] == [paths[0], paths[0], paths[1], paths[2], paths[2]]
+    found = load(workdir)(digits[:1])[0]
+    best = np.argsort(-found)[:2]
+    assert [row[1] for row in rows[:2]] == [str(k) for k in best]
+    assert [float(row[2]) for row in rows[:2]] == pytest.approx(found[best], abs=1e-6)
+    assert "is empty" in rows[2][4] and not any(row[4] for row in (*rows[:2], *rows[3:]))
+
+
+def test_a_picture_whose_best_class_is_below_the_threshold_is_marked(
+    workdir, classifier, digits, pictures, monkeypatch, capsys
+):
+    best = classifier(digits).max(1)
+    for kind in ({}, {"json": True}, {"csv": True}):
+        set_flags(monkeypatch, workdir, threshold=float(np.median(best)), **kind)
+        module.main([str(pictures)])
+        lines = capsys.readouterr().out.splitlines()[1 if "csv" in kind else 0 :]
+        mark = {"json": '"unsure": true', "csv": ",True,"}.get("".join(kind), "unsure")
+        assert [mark in line for line in lines] == (best < np.median(best)).tolist()
+    with pytest.raises(UserError, match="--json and --csv exclude each other"):
+        set_flags(monkeypatch, workdir, json=True, csv=True)
         module.main([str(pictures)])
