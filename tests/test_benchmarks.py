@@ -8,10 +8,12 @@ import contenders
 import jax
 import networks
 import numpy as np
+import photographs
 import pytest
 import tables
 import time_to_accuracy
 import train_step
+from PIL import Image
 from scipy.stats import ttest_1samp
 
 from imgcls import experiment
@@ -245,3 +247,16 @@ def test_a_worker_answers_or_says_why_not(tmp_path, body, hello):
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             worker.ask(x=0)
     worker.close()
+
+
+@pytest.mark.slow
+def test_photographs_are_learned_here_and_in_pytorch(tmp_path):
+    for n in range(40):
+        (folder := tmp_path / "pictures" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), 6 * n, np.uint8)).save(folder / f"{n}.png")
+    arguments = [f"--data_dir={tmp_path / 'pictures'}", f"--workdir={tmp_path / 'run'}", "--quick"]
+    found = photographs.main(arguments)
+    assert found["imgcls"]["step"] == 4 and 0 <= found["imgcls"]["top1"] <= 1
+    if "error" not in found["torch"]:  # PyTorch is no requirement of the tests
+        assert found["torch"]["parameters"] == found["imgcls"]["parameters"]
+        assert found["torch"]["seconds"] >= found["imgcls"]["seconds"]
