@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import importlib
 import io
 import os
@@ -73,7 +74,8 @@ def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(
     notebook, dataset, tmp_path
 ):
     get_config = importlib.import_module(f"configs.{dataset}").get_config
-    names = {"get_config": get_config, "config": get_config(), "default_config": default_config}
+    names = {"config": get_config(), "train": range(1293), "default_config": default_config}
+    names |= {"deepcopy": copy.deepcopy}
     names |= {"contextlib": contextlib, "io": io, "jax": jax, "tempfile": tempfile, "Path": Path}
     checked = []
 
