@@ -123,9 +123,12 @@ GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name"
 OWN_RULES = {
     "model.dropout_rate": FRACTION,
     "model.norm_momentum": FRACTION,
+    "model.drop_path_rate": FRACTION,
     "optim.momentum": FRACTION,
     "resnet.depth": Rule(int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
     "resnet.stem": one_of(("cifar", "imagenet")),
+    "efficientnet_lite.depth": whole(0, 4),
+    "vit.width": COUNT,
     "wide_resnet.depth": Rule(int, lambda x: x in range(10, 999, 6), "6 n + 4, such as 16 or 28"),
     "task.label_smoothing": FRACTION,
     "task.class_weights": one_of(("none", "balanced")),

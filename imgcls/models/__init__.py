@@ -9,9 +9,13 @@ The operations are fields, too: conv, norm, pool (2x2 maximum) and act, as far a
 from typing import Any
 
 from imgcls.models.cnn import CNN, MLP
+from imgcls.models.convnext import ConvNeXt
+from imgcls.models.efficientnet import EfficientNetLite
 from imgcls.models.resnet import ResNet, WideResNet
+from imgcls.models.vit import ViT
 
 MODELS: dict[str, Any] = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}
+MODELS |= {"vit": ViT, "convnext": ConvNeXt, "efficientnet_lite": EfficientNetLite}
 
 
 def head_of(params: dict[str, Any]) -> str:

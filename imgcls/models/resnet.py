@@ -93,15 +93,8 @@ class ResNet(nn.Module):
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         blocks, bottleneck = STAGES[self.depth]
-        for stage, count in enumerate(blocks):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(
-                    *(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm),
-                    symmetric=large,
-                    name=f"layer{stage + 1}_{i}",
-                )
-                x = block(x, train=train)
+        fields = bottleneck, self.preactivation, conv, norm
+        x = _stages(x, blocks, 64, *fields, symmetric=large, train=train)
         norm = norm if self.preactivation else None
         return _pool_and_classify(self, x, norm, self.dropout_rate, train=train)
 
@@ -127,13 +120,9 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, norm = _bound(self, train)
         x = conv(16, (3, 3), name="conv1")(x.astype(self.dtype))
-        for stage in range(3):
-            for i in range((self.depth - 4) // 6):
-                stride = 2 if stage > 0 and i == 0 else 1
-                width = 16 * self.width_factor * 2**stage
-                name = f"layer{stage + 1}_{i}"
-                block = Block(width, stride, False, True, conv, norm, self.dropout_rate, name=name)
-                x = block(x, train=train)
+        blocks, width = 3 * ((self.depth - 4) // 6,), 16 * self.width_factor
+        fields = False, True, conv, norm, self.dropout_rate
+        x = _stages(x, blocks, width, *fields, train=train)
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 
@@ -141,6 +130,15 @@ def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]
     conv = partial(model.conv, use_bias=False, kernel_init=he_normal, dtype=model.dtype)
     norm = partial(model.norm, use_running_average=not train, momentum=0.9, dtype=model.dtype)
     return conv, norm
+
+
+def _stages(x, blocks, width, *fields, train, symmetric=False) -> jax.Array:
+    for stage, count in enumerate(blocks):
+        for i in range(count):
+            stride, name = 2 if stage > 0 and i == 0 else 1, f"layer{stage + 1}_{i}"
+            block = Block(width * 2**stage, stride, *fields, symmetric=symmetric, name=name)
+            x = block(x, train=train)
+    return x
 
 
 def _pool_and_classify(model, x, norm, dropout_rate, *, train) -> jax.Array:
