@@ -136,9 +136,7 @@ def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
 
 
 def _pad(graph: _Graph, eqn: JaxprEqn, x: str, value: Value) -> str:
-    before, after, between = zip(*eqn.params["padding_config"])
-    if any(between):
-        raise _no_form("pad between values")
+    before, after, _ = zip(*eqn.params["padding_config"])
     return graph("Pad", x, (*before, *after), value)
 
 

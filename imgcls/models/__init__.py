@@ -19,8 +19,5 @@ MODELS |= {"vit": ViT, "convnext": ConvNeXt, "efficientnet_lite": EfficientNetLi
 
 
 def head_of(params: dict[str, Any]) -> str:
-    """The name of a model's last layer: "head", or Linen's name of its last `nn.Dense`.
-
-    CNN and MLP have Linen's names, with which the checkpoints of earlier versions were saved.
-    """
+    """The name of the last layer: "head", or Linen's own, which keeps older cnn runs readable."""
     return "head" if "head" in params else f"Dense_{sum('Dense_' in name for name in params) - 1}"

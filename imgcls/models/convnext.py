@@ -8,26 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-truncated_normal = nn.initializers.truncated_normal(0.02)
-
-
-class Block(nn.Module):
-    """A 7x7 convolution per channel, then a perceptron per pixel: [B, H, W, C] -> the same."""
-
-    drop_path_rate: float
-    conv: Callable
-    norm: Callable
-    dense: Callable
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width = x.shape[-1]
-        y = self.conv(width, (7, 7), feature_group_count=width, name="conv_dw")(x)
-        y = self.dense(4 * width, name="mlp_fc1")(self.norm(name="norm")(y))
-        y = self.dense(width, name="mlp_fc2")(nn.gelu(y, approximate=False))
-        y *= self.param("gamma", nn.initializers.constant(1e-6), (width,)).astype(y.dtype)
-        return x + nn.Dropout(self.drop_path_rate, (1, 2, 3), deterministic=not train)(y)
-
 
 class ConvNeXt(nn.Module):
     """ConvNeXt-T by default: normalised [B, H, W, C] -> logits float32 [B, num_classes].
@@ -52,19 +32,23 @@ class ConvNeXt(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        conv = partial(self.conv, dtype=self.dtype, kernel_init=truncated_normal)
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=truncated_normal)
+        how = {"dtype": self.dtype, "kernel_init": nn.initializers.truncated_normal(0.02)}
+        conv, dense = partial(self.conv, **how), partial(nn.Dense, **how)
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist())
-        x = conv(self.widths[0], (4, 4), 4, padding="VALID", name="stem_0")(x)
+        x = conv(self.widths[0], (4, 4), 4, "VALID", name="stem_0")(x)
         x = norm(name="stem_1")(x)
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            name = f"stages_{stage}"
             if stage:
-                x = norm(name=f"{name}_downsample_0")(x)
-                x = conv(width, (2, 2), 2, padding="VALID", name=f"{name}_downsample_1")(x)
+                x = norm(name=f"stages_{stage}_downsample_0")(x)
+                x = conv(width, (2, 2), 2, "VALID", name=f"stages_{stage}_downsample_1")(x)
             for i in range(depth):
-                block = Block(next(rates), conv, norm, dense, name=f"{name}_blocks_{i}")
-                x = block(x, train=train)
+                block, every = f"stages_{stage}_blocks_{i}", {"feature_group_count": width}
+                y = conv(width, (7, 7), **every, name=f"{block}_conv_dw")(x)
+                y = dense(4 * width, name=f"{block}_mlp_fc1")(norm(name=f"{block}_norm")(y))
+                y = dense(width, name=f"{block}_mlp_fc2")(nn.gelu(y, approximate=False))
+                gamma = self.param(f"{block}_gamma", nn.initializers.constant(1e-6), (width,))
+                drop_path = nn.Dropout(next(rates), (1, 2, 3), deterministic=not train)
+                x = x + drop_path(y * gamma.astype(y.dtype))
         x = norm(name="head_norm")(x.mean((1, 2)))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.astype(jnp.float32))
         return nn.Dense(self.num_classes, name="head")(x)

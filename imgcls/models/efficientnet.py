@@ -1,10 +1,8 @@
-"""EfficientNet (arXiv 1905.11946) in its Lite form: ReLU6, and no squeeze-and-excitation.
-
-Modules are named as in timm, whose "tf_efficientnet_lite0" pads as here.
-"""
+"""EfficientNet (arXiv 1905.11946) in its Lite form; modules are named as in timm."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -22,6 +20,8 @@ FACTORS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2), 3: (1.2, 1.4), 4: (1.4, 
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0 to 4: normalised [B, H, W, C] -> logits float32 [B, num_classes].
 
+    It has ReLU6, no squeeze-and-excitation, and the padding of timm's tf_efficientnet_lite0.
+
     Args:
         depth: the number behind "Lite", 0 to 4
         dropout_rate: before the fully connected layer
@@ -36,20 +36,21 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = partial(self.norm, not train, momentum=0.9, epsilon=1e-3, dtype=self.dtype)
+
         def layer(x, width, kernel, name, bn, *, stride=1, groups=1):
             fan = "fan_out" if groups == 1 else "fan_in"
             how = {"kernel_init": nn.initializers.variance_scaling(2.0, fan, "normal")}
             how |= {"feature_group_count": groups, "use_bias": False, "dtype": self.dtype}
-            x = self.conv(width, (kernel, kernel), stride, **how, name=name)(x)
-            how = {"use_running_average": not train, "momentum": 0.9, "epsilon": 1e-3}
-            return self.norm(**how, dtype=self.dtype, name=bn)(x)
+            return norm(name=bn)(self.conv(width, (kernel, kernel), stride, **how, name=name)(x))
 
         wider, deeper = FACTORS[self.depth]
         x = nn.relu6(layer(x, 32, 3, "conv_stem", "bn1", stride=2))
         for stage, (kernel, stride, expansion, width, count) in enumerate(STAGES):
             if 0 < stage < len(STAGES) - 1:
                 count = math.ceil(count * deeper)
-            width = _multiple_of_8(width * wider)
+            nearest = int(width * wider + 4) // 8 * 8
+            width = nearest + 8 * (nearest < 0.9 * width * wider)
             for i in range(count):
                 block, inner, y = f"blocks_{stage}_{i}", expansion * x.shape[-1], x
                 if expands := int(expansion > 1):
@@ -63,9 +64,3 @@ class EfficientNetLite(nn.Module):
         x = nn.relu6(layer(x, 1280, 1, "conv_head", "bn2")).mean((1, 2))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.astype(jnp.float32))
         return nn.Dense(self.num_classes, name="head")(x)
-
-
-def _multiple_of_8(width: float) -> int:
-    """The nearest one that is not less than 90% of `width`."""
-    nearest = int(width + 4) // 8 * 8
-    return nearest if nearest >= 0.9 * width else nearest + 8

@@ -9,33 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Block(nn.Module):
-    """Attention among tokens, then a perceptron on each: [B, T, width] -> the same shape."""
-
-    heads: int
-    layer_scale: bool
-    drop_path_rate: float
-    norm: Callable
-    dense: Callable
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width, norm, dense = x.shape[-1], self.norm, self.dense
-        drop_path = nn.Dropout(self.drop_path_rate, (1, 2), deterministic=not train)
-
-        def scaled(y, name):
-            if self.layer_scale:
-                y *= self.param(name, nn.initializers.constant(1e-5), (width,)).astype(y.dtype)
-            return drop_path(y)
-
-        y = dense(3 * width, name="attn_qkv")(norm(name="norm1")(x))
-        parts = (jax.lax.slice_in_dim(y, i * width, (i + 1) * width, axis=2) for i in range(3))
-        y = jax.nn.dot_product_attention(*(p.reshape(*x.shape[:2], self.heads, -1) for p in parts))
-        x = x + scaled(dense(width, name="attn_proj")(y.reshape(x.shape)), "ls1_gamma")
-        y = nn.gelu(dense(4 * width, name="mlp_fc1")(norm(name="norm2")(x)), approximate=False)
-        return x + scaled(dense(width, name="mlp_fc2")(y), "ls2_gamma")
-
-
 class ViT(nn.Module):
     """ViT-S/16 by default: normalised [B, H, W, C] -> logits float32 [B, num_classes].
 
@@ -66,21 +39,32 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width, side = self.width, (self.patch, self.patch)
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        patch = {"kernel_size": (self.patch,) * 2, "strides": self.patch, "padding": "VALID"}
-        x = self.conv(self.width, **patch, dtype=self.dtype, name="patch_embed_proj")(x)
-        x = jnp.pad(
-            x.reshape(x.shape[0], -1, self.width), ((0, 0), (int(self.class_token), 0), (0, 0))
-        )
+
+        def scaled(y, rate, name):
+            if self.layer_scale:
+                y *= self.param(name, nn.initializers.constant(1e-5), (width,)).astype(y.dtype)
+            return nn.Dropout(rate, (1, 2), deterministic=not train)(y)
+
+        x = self.conv(width, side, side, "VALID", dtype=self.dtype, name="patch_embed_proj")(x)
+        x = jnp.pad(x.reshape(x.shape[0], -1, width), ((0, 0), (int(self.class_token), 0), (0, 0)))
         place = self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         if self.class_token:
-            token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
+            token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, width))
             place = place + jnp.pad(token, ((0, 0), (0, x.shape[1] - 1), (0, 0)))
         x = x + place.astype(self.dtype)
         for i, rate in enumerate(np.linspace(0, self.drop_path_rate, self.depth).tolist()):
-            block = Block(self.heads, self.layer_scale, rate, norm, dense, name=f"blocks_{i}")
-            x = block(x, train=train)
+            block = f"blocks_{i}"
+            y = dense(3 * width, name=f"{block}_attn_qkv")(norm(name=f"{block}_norm1")(x))
+            parts = (jax.lax.slice_in_dim(y, j * width, (j + 1) * width, axis=2) for j in range(3))
+            heads = (part.reshape(*x.shape[:2], self.heads, -1) for part in parts)
+            y = jax.nn.dot_product_attention(*heads).reshape(x.shape)
+            x = x + scaled(dense(width, name=f"{block}_attn_proj")(y), rate, f"{block}_ls1_gamma")
+            y = dense(4 * width, name=f"{block}_mlp_fc1")(norm(name=f"{block}_norm2")(x))
+            y = dense(width, name=f"{block}_mlp_fc2")(nn.gelu(y, approximate=False))
+            x = x + scaled(y, rate, f"{block}_ls2_gamma")
         tokens = 1 if self.class_token else x.shape[1]
         x = jax.lax.slice_in_dim(norm(name="norm")(x), 0, tokens, axis=1).mean(1)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.astype(jnp.float32))

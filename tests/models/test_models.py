@@ -78,7 +78,7 @@ TINY = {
     "mlp": {"dense_widths": (8,)},
     "resnet": {},
     "wide_resnet": {"depth": 10, "width_factor": 1},
-    "vit": {"patch": 4, "width": 8, "depth": 2, "heads": 2, "layer_scale": True},
+    "vit": {"patch": 4, "width": 8, "depth": 1, "heads": 2, "layer_scale": True},
     "convnext": {"widths": (8,), "depths": (1,)},
     "efficientnet_lite": {"dropout_rate": 0.0},
 }
@@ -88,7 +88,7 @@ TINY = {
 def few_stages(monkeypatch):
     """Fewer stages of resnet and efficientnet_lite, which take a minute to compile otherwise."""
     monkeypatch.setitem(resnet.STAGES, 18, ((1,), False))
-    monkeypatch.setattr(efficientnet, "STAGES", ((3, 1, 1, 8, 1), (3, 2, 2, 8, 2)))
+    monkeypatch.setattr(efficientnet, "STAGES", ((3, 2, 2, 8, 1),))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,10 +125,11 @@ def test_every_derivative_exists_and_the_operations_for_cpus_keep_it(name, few_s
 
     some = partial(modes, names=("jvp", "jvp of grad", "vmap of grad"))  # all would take minutes
     results = (jax.jit(partial(some, partial(loss, model)))(*args) for model in (tuned, plain))
-    assert_close(*results, error=1e-3)
+    # A bias in front of a BatchNorm has a gradient of rounding errors alone.
+    assert_close(*results, error=1e-3, least=1e-3)
 
 
-@pytest.mark.parametrize("name, fields", [("vit", {}), ("convnext", {"depths": (2,)})])
+@pytest.mark.parametrize("name, fields", [("vit", {"depth": 2}), ("convnext", {"depths": (2,)})])
 def test_drop_path_leaves_out_whole_branches_of_an_image_or_doubles_them(name, fields):
     model = MODELS[name](3, **TINY[name] | fields, drop_path_rate=0.5)
     images = jnp.tile(jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), (64, 1, 1, 1))
