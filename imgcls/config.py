@@ -150,10 +150,7 @@ def _check_model(flat: dict[str, Any]) -> None:
     sizes = ["data.image_size", *(["train.small_image_size"] if flat["train.small_epochs"] else [])]
     for key in sizes:
         if name == "vit" and any(side % flat["model.patch"] for side in flat[key]):
-            raise UserError(
-                f"config.{key}={flat[key]} must be multiples of "
-                f"config.model.patch={flat['model.patch']}"
-            )
+            raise UserError(f"config.{key}={flat[key]} must be multiples of config.model.patch")
         if flat[key] and min(flat[key]) - smaller < 2**halvings:
             raise UserError(
                 f"config.model.widths={widths} halves the image {halvings} times, too often for "

@@ -118,7 +118,8 @@ HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
 OPEN: dict[str, Any] = {"data.image_size": (), "data.mean": (), "data.std": (), "model.widths": ()}
 OPEN |= {"train.batch_size": 0, "train.epochs": 0, "train.validate_every_epochs": 0}
 # What a component is given, and so is no key of a config.
-GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
+GIVEN = {"num_classes", "dtype", "parent", "name", "class_counts"}
+GIVEN |= {"conv", "dense", "norm", "pool", "act"}
 # Rules of components' own keys. The type of its default decides about any other.
 OWN_RULES = {
     "model.dropout_rate": FRACTION,

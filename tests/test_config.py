@@ -206,7 +206,7 @@ def test_a_network_that_nobody_made_is_refused(model, message):
     "model, changes, message",
     [
         ("vit", {"width": 20}, "model.width must be a multiple of config.model.heads"),
-        ("vit", {"patch": 14}, "(32, 32) must be multiples of config.model.patch=14"),
+        ("vit", {"patch": 14}, "(32, 32) must be multiples of config.model.patch"),
         ("convnext", {"depths": (2, 2)}, "model.widths and depths need one number each per stage"),
         ("convnext", {"widths": (8,) * 5, "depths": (1,) * 5}, "halves the image 6 times, too"),
     ],

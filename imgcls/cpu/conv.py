@@ -50,12 +50,18 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     return _operation(conv)(lhs, rhs)[0]
 
 
+def dot_general(lhs: jax.Array, rhs: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`jax.lax.dot_general` as in `nn.Dense`, [..., C] by [C, O], by a convolution of 1x1."""
+    x = lhs.reshape(1, -1, 1, lhs.shape[-1])
+    y = conv_general_dilated(x, rhs[None, None], (1, 1), "VALID", dimension_numbers=LAYOUT)
+    return y.reshape(*lhs.shape[:-1], -1)
+
+
 @functools.cache
 def _operation(conv: Convolution) -> Callable[..., tuple[jax.Array, ...]]:
     def plain(lhs, rhs):
-        window = {"window_strides": conv.strides, "padding": conv.padding}
-        window["feature_group_count"] = conv.groups
-        return (lax.conv_general_dilated(lhs, rhs, **window, dimension_numbers=LAYOUT),)
+        how = {"dimension_numbers": LAYOUT, "feature_group_count": conv.groups}
+        return (lax.conv_general_dilated(lhs, rhs, conv.strides, conv.padding, **how),)
 
     def backward(operands, _, grad):
         lhs, rhs = operands

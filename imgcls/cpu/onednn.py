@@ -117,9 +117,8 @@ class _Runtime:
         """Row-major if dense, else for the primitive to choose."""
         dims = _int64s(shape[axis] for axis in axes)
         strides = _int64s(math.prod(shape[axis + 1 :]) for axis in axes)
-        how, argument = ("strides", strides) if dense else ("tag", ANY_LAYOUT)
-        create = f"memory_desc_create_with_{how}"
-        return self.make(create, len(axes), dims, DTYPES[dtype], argument)
+        how, value = ("strides", strides) if dense else ("tag", ANY_LAYOUT)
+        return self.make(f"memory_desc_create_with_{how}", len(axes), dims, DTYPES[dtype], value)
 
     def query(self, desc: C.c_void_p, what: int) -> C.c_void_p:
         return C.c_void_p(self.library.dnnl_primitive_desc_query_md(desc, what, 0))

@@ -18,7 +18,6 @@ from onnx import helper, numpy_helper
 from imgcls.errors import UserError
 
 OPSET = helper.make_opsetid("", 18)  # the first whose reductions take their axes as an input
-LAST = 2**63 - 1  # the end of an axis, in a slice
 Value = str | np.ndarray  # of a variable: the name of an ONNX value, or the array itself
 
 
@@ -135,15 +134,10 @@ def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
     return graph("Einsum", x, y, equation=f"{left},{''.join(right)}->{''.join(out)}")
 
 
-def _pad(graph: _Graph, eqn: JaxprEqn, x: str, value: Value) -> str:
-    before, after, _ = zip(*eqn.params["padding_config"])
-    return graph("Pad", x, (*before, *after), value)
-
-
 def _slice(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
-    p, axes = eqn.params, range(eqn.invars[0].aval.ndim)
-    ends = [end if isinstance(end, int) else LAST for end in p["limit_indices"]]
-    return graph("Slice", x, p["start_indices"], ends, axes, p["strides"] or [1] * len(axes))
+    _require(eqn, strides=None)
+    starts = eqn.params["start_indices"]
+    return graph("Slice", x, starts, np.add(starts, _sizes(eqn.outvars[0], 2**62)))
 
 
 def _conv(graph: _Graph, eqn: JaxprEqn, x: str, kernel: np.ndarray) -> str:
@@ -180,7 +174,9 @@ OPERATIONS |= {
     "dot_general": _dot,
     "erfc": lambda graph, eqn, x: graph("Sub", np.float32(1), graph("Erf", x)),
     "integer_pow": lambda graph, eqn, x: graph("Pow", x, np.float32(eqn.params["y"])),
-    "pad": _pad,
+    "pad": lambda graph, eqn, x, value: graph(
+        "Pad", x, np.ravel([pads[:2] for pads in eqn.params["padding_config"]], "F"), value
+    ),
     "reduce_max": _reduce("ReduceMax"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,

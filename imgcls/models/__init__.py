@@ -3,7 +3,7 @@
 A model is built as `MODELS[name](num_classes=..., **fields)` and called as
 `model(images, train=...)`: normalised images [B, H, W, C] -> logits float32 [B, K].
 
-The operations are fields, too: conv, norm, pool (2x2 maximum) and act, as far as a model uses them.
+Its operations are fields, too, of conv, dense, norm, pool (2x2 maximum) and act those it uses.
 """
 
 from typing import Any

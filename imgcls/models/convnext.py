@@ -28,12 +28,13 @@ class ConvNeXt(nn.Module):
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     conv: Callable = nn.Conv
+    dense: Callable = nn.Dense
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         how = {"dtype": self.dtype, "kernel_init": nn.initializers.truncated_normal(0.02)}
-        conv, dense = partial(self.conv, **how), partial(nn.Dense, **how)
+        conv, dense = partial(self.conv, **how), partial(self.dense, **how)
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist())
         x = conv(self.widths[0], (4, 4), 4, "VALID", name="stem_0")(x)
         x = norm(name="stem_1")(x)

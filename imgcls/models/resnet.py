@@ -1,7 +1,4 @@
-"""Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones).
-
-Modules are named as in timm, with "_" for ".".
-"""
+"""Residual networks (arXiv 1512.03385, 1603.05027; wide ones 1605.07146), named as in timm."""
 
 from collections.abc import Callable
 from functools import partial
@@ -61,9 +58,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18, 34, 50 or 101: normalised [B, H, W, C] -> logits float32 [B, num_classes].
 
-    With the imagenet stem, strided convolutions and max-pooling pad both sides alike, as in the
-    paper and in torch, so that public weights fit. With the cifar stem they pad an even size by one
-    pixel after its end ("SAME"), as they did for the published results.
+    The imagenet stem makes strided windows pad both sides alike, as in the paper and in torch. The
+    cifar stem keeps the padding of the published results, which is Linen's "SAME".
 
     Args:
         depth: 18, 34, 50 or 101 layers
@@ -121,8 +117,7 @@ class WideResNet(nn.Module):
         conv, norm = _bound(self, train)
         x = conv(16, (3, 3), name="conv1")(x.astype(self.dtype))
         blocks, width = 3 * ((self.depth - 4) // 6,), 16 * self.width_factor
-        fields = False, True, conv, norm, self.dropout_rate
-        x = _stages(x, blocks, width, *fields, train=train)
+        x = _stages(x, blocks, width, False, True, conv, norm, self.dropout_rate, train=train)
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 

@@ -36,12 +36,13 @@ class ViT(nn.Module):
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     conv: Callable = nn.Conv
+    dense: Callable = nn.Dense
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         width, side = self.width, (self.patch, self.patch)
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        dense = partial(self.dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
 
         def scaled(y, rate, name):
             if self.layer_scale:
