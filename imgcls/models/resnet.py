@@ -89,8 +89,8 @@ class ResNet(nn.Module):
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         blocks, bottleneck = STAGES[self.depth]
-        fields = bottleneck, self.preactivation, conv, norm
-        x = _stages(x, blocks, 64, *fields, symmetric=large, train=train)
+        fields = bottleneck, self.preactivation, conv, norm, 0.0, large
+        x = _stages(x, blocks, 64, *fields, train=train)
         norm = norm if self.preactivation else None
         return _pool_and_classify(self, x, norm, self.dropout_rate, train=train)
 
@@ -127,11 +127,11 @@ def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]
     return conv, norm
 
 
-def _stages(x, blocks, width, *fields, train, symmetric=False) -> jax.Array:
+def _stages(x, blocks, width, *fields, train) -> jax.Array:
     for stage, count in enumerate(blocks):
         for i in range(count):
             stride, name = 2 if stage > 0 and i == 0 else 1, f"layer{stage + 1}_{i}"
-            block = Block(width * 2**stage, stride, *fields, symmetric=symmetric, name=name)
+            block = Block(width * 2**stage, stride, *fields, name=name)
             x = block(x, train=train)
     return x
 

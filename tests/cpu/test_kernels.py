@@ -52,7 +52,7 @@ def dtype(request):
 
 
 def convolve(x, w, strides=(1, 1), padding="SAME", function=conv_general_dilated):
-    groups = x.shape[-1] // w.shape[2]
+    groups = max(1, x.shape[-1] // w.shape[2])
     options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
     return function(x, w, strides, padding, **options)
 
@@ -177,13 +177,27 @@ POOL = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 NORMS = layers.BatchNorm, nn.BatchNorm
 LAYERS = {  # ours and Linen's
     "conv": [nn.Conv(8, (3, 3), conv_general_dilated=f) for f in (conv_general_dilated, None)],
+    "dense": [nn.Dense(8, dot_general=f) for f in (conv.dot_general, None)],
     "norm": [norm(use_running_average=False, momentum=0.5) for norm in NORMS],
     "pool": [nn.Sequential([f]) for f in (layers.max_pool, POOL)],
     "act": [nn.Sequential([f]) for f in (layers.gelu, nn.gelu)],
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 5, 4), (2, 3, 5, 4)], ids=str)
+def test_fully_connected_layers_are_linens(shape, dtype):
+    x, variables = normal(0, *shape).astype(dtype), {"params": {"kernel": normal(1, 4, 7)}}
+    ours, theirs = (
+        nn.Dense(7, use_bias=False, dtype=dtype, dot_general=f).apply(variables, x)
+        for f in (conv.dot_general, None)
+    )
+    assert ours.dtype == theirs.dtype
+    assert_close(ours, theirs, error=TOLERANCES[dtype.name])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "dense" else ()) for n in LAYERS]
+)
 def test_every_mode_gives_what_linen_gives(name):
     images = [normal(seed, 3, 5, 6, 4) for seed in (0, 1)]
     rest = LAYERS[name][1].init(jax.random.key(0), images[0])
@@ -387,7 +401,9 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
 def test_without_onednn_the_other_operations_stay(monkeypatch, caplog):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     caplog.set_level("INFO")
-    assert set(cpu.ops("float32")) == {"conv", "norm", "pool", "act"} and not caplog.records
+    assert (
+        set(cpu.ops("float32")) == {"conv", "dense", "norm", "pool", "act"} and not caplog.records
+    )
     monkeypatch.setattr(cpu, "why_unavailable", lambda dtype: "no library")
     assert set(cpu.ops("float32")) == {"norm", "pool", "act"}
     assert caplog.messages == ["convolutions run on plain XLA: no library"]
