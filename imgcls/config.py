@@ -123,10 +123,9 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
     if flat["train.small_epochs"]:
         if not flat["train.small_image_size"]:
             raise UserError("config.train.small_epochs needs a config.train.small_image_size")
-        if flat["model.name"] == "mlp":
-            raise UserError("config.train.small_epochs must be 0: an mlp is made for one size")
-    if flat["model.name"] == "cnn":
-        _check_pooling(flat)
+        if (name := flat["model.name"]) in ("mlp", "vit"):
+            raise UserError(f"config.train.small_epochs must be 0: {name} is made for one size")
+    _check_model(flat)
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:
@@ -140,15 +139,22 @@ def _check(key: str, value: Any, rule: Rule) -> None:
         raise UserError(f"config.{key}={value!r} must be {rule.expected}")
 
 
-def _check_pooling(flat: dict[str, Any]) -> None:
+def _check_model(flat: dict[str, Any]) -> None:
+    name, widths = flat["model.name"], flat.get("model.widths", ())
+    if name == "convnext" and not 0 < len(widths) == len(flat["model.depths"]):
+        raise UserError("config.model.widths and depths need one number each per stage")
+    if name == "vit" and flat["model.width"] % flat["model.heads"]:
+        raise UserError("config.model.width must be a multiple of config.model.heads")
+    smaller = name == "cnn" and flat["model.whiten"] and not flat["model.pad_whitening"]
+    halvings = {"cnn": len(widths), "convnext": len(widths) + 1}.get(name, 0)
     sizes = ["data.image_size", *(["train.small_image_size"] if flat["train.small_epochs"] else [])]
-    blocks = len(flat["model.widths"])
-    smaller = flat["model.whiten"] and not flat["model.pad_whitening"]
     for key in sizes:
-        if flat[key] and min(flat[key]) - smaller < 2**blocks:
+        if name == "vit" and any(side % flat["model.patch"] for side in flat[key]):
+            raise UserError(f"config.{key}={flat[key]} must be multiples of config.model.patch")
+        if flat[key] and min(flat[key]) - smaller < 2**halvings:
             raise UserError(
-                f"config.model.widths={flat['model.widths']} halves the image {blocks} times, too "
-                f"often for config.{key}={flat[key]}"
+                f"config.model.widths={widths} halves the image {halvings} times, too often for "
+                f"config.{key}={flat[key]}"
             )
 
 

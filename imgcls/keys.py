@@ -118,14 +118,18 @@ HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
 OPEN: dict[str, Any] = {"data.image_size": (), "data.mean": (), "data.std": (), "model.widths": ()}
 OPEN |= {"train.batch_size": 0, "train.epochs": 0, "train.validate_every_epochs": 0}
 # What a component is given, and so is no key of a config.
-GIVEN = {"num_classes", "dtype", "conv", "norm", "pool", "act", "parent", "name", "class_counts"}
+GIVEN = {"num_classes", "dtype", "parent", "name", "class_counts"}
+GIVEN |= {"conv", "dense", "norm", "pool", "act"}
 # Rules of components' own keys. The type of its default decides about any other.
 OWN_RULES = {
     "model.dropout_rate": FRACTION,
     "model.norm_momentum": FRACTION,
+    "model.drop_path_rate": FRACTION,
     "optim.momentum": FRACTION,
     "resnet.depth": Rule(int, lambda x: x in STAGES, f"one of {', '.join(map(str, STAGES))}"),
     "resnet.stem": one_of(("cifar", "imagenet")),
+    "efficientnet_lite.depth": whole(0, 4),
+    "vit.width": COUNT,
     "wide_resnet.depth": Rule(int, lambda x: x in range(10, 999, 6), "6 n + 4, such as 16 or 28"),
     "task.label_smoothing": FRACTION,
     "task.class_weights": one_of(("none", "balanced")),

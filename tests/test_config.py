@@ -102,7 +102,7 @@ def test_defaults_are_valid_and_every_key_has_a_meaning(model, optimizer):
         ({"data__std": (0.1, 0.2)}, "a number for each of the config.data.channels"),
         ({"data__mean": ("half",)}, "config.data.mean"),
         ({"data__mean": (np.float32(0.5),)}, "config.data.mean"),  # json has no such number
-        ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet"),
+        ({"model__name": "cnm"}, "one of cnn, mlp, resnet, wide_resnet, vit, "),
         ({"model__widths": (8, 0)}, "config.model.widths"),
         ({"model__dropout_rate": 1.0}, "config.model.dropout_rate"),
         ({"task__label_smoothing": 1.0}, "config.task.label_smoothing"),
@@ -186,7 +186,11 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name():
         ("resnet152", "model.depth=152 must be one of 18, 34, 50, 101"),
         ("wide_resnet20", "model.depth=20 must be 6 n + 4"),
         ("wide_resnet4", "model.depth=4 must be 6 n + 4"),
-        ("resnt", "config.model.name='resnt' must be one of cnn, mlp, resnet, wide_resnet"),
+        ("efficientnet_lite5", "model.depth=5 must be a whole number from 0 to 4"),
+        (
+            "resnt",
+            "config.model.name='resnt' must be one of cnn, mlp, resnet, wide_resnet, vit, convn",
+        ),
     ],
 )
 def test_a_network_that_nobody_made_is_refused(model, message):
@@ -198,8 +202,27 @@ def test_a_network_that_nobody_made_is_refused(model, message):
         validate(config)
 
 
-def test_small_epochs_are_refused_for_a_network_made_for_one_size():
-    config = default_config("mlp")
+@pytest.mark.parametrize(
+    "model, changes, message",
+    [
+        ("vit", {"width": 20}, "model.width must be a multiple of config.model.heads"),
+        ("vit", {"patch": 14}, "(32, 32) must be multiples of config.model.patch"),
+        ("convnext", {"depths": (2, 2)}, "model.widths and depths need one number each per stage"),
+        ("convnext", {"widths": (8,) * 5, "depths": (1,) * 5}, "halves the image 6 times, too"),
+    ],
+)
+def test_keys_of_a_model_that_do_not_fit_each_other_or_the_images_are_refused(
+    model, changes, message
+):
+    config = default_config(model)
+    config.model.update(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(config)
+
+
+@pytest.mark.parametrize("model", ["mlp", "vit"])
+def test_small_epochs_are_refused_for_a_network_made_for_one_size(model):
+    config = default_config(model)
     config.train.small_epochs, config.train.small_image_size = 1.0, (8, 8)
     with pytest.raises(UserError, match="must be 0"):
         validate(config)

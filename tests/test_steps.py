@@ -83,7 +83,19 @@ def test_loss_goes_to_zero_on_one_batch(model, fields):
     assert metrics["top1"] == metrics["count"] == 20
 
 
-@pytest.mark.parametrize("fields", [PLAIN_CNN, {"widths": (8,)}], ids=["plain", "batchnorm"])
+TINY_VIT = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "drop_path_rate": 0.5}
+TINY_CONVNEXT = {"widths": (8,), "depths": (2,), "drop_path_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(PLAIN_CNN, id="plain"),
+        pytest.param({"widths": (8,)}, id="batchnorm"),
+        pytest.param({"model": "vit"} | TINY_VIT, id="vit", marks=pytest.mark.slow),
+        pytest.param({"model": "convnext"} | TINY_CONVNEXT, id="convnext", marks=pytest.mark.slow),
+    ],
+)
 def test_one_device_equals_four(fields):
     _, state, step = setup(**fields)
     one = jax.jit(step)(state, batch_of(16), RNG)

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from imgcls.cpu.conv import conv_general_dilated, why_unavailable
+from imgcls.cpu.conv import conv_general_dilated, dot_general, why_unavailable
 from imgcls.cpu.layers import BatchNorm, gelu, max_pool
 from imgcls.cpu.onednn import has_bfloat16, identity, use_threads
 
@@ -18,8 +18,8 @@ __all__ = ["has_bfloat16", "identity", "ops", "use_threads"]
 def ops(dtype: str) -> dict[str, Callable[..., Any]]:
     """The operations that a model computing in `dtype` should take in the place of Linen's.
 
-    Keys are fields of a model: "norm", "pool", "act", and "conv" where oneDNN works. Empty unless
-    this process runs on one CPU device. A line of the log says why convolutions are XLA's.
+    Keys are fields of a model: "norm", "pool", "act", and where oneDNN works "conv" and "dense".
+    Empty unless this process runs on one CPU device. The log says why convolutions are XLA's.
     """
     found: dict[str, Callable[..., Any]] = {"norm": BatchNorm, "pool": max_pool, "act": gelu}
     if (platform := jax.default_backend()) != "cpu":
@@ -28,6 +28,7 @@ def ops(dtype: str) -> dict[str, Callable[..., Any]]:
         found, reason = {}, f"oneDNN is for one device, not for {devices}"
     elif not (reason := why_unavailable(dtype)):
         found["conv"] = partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+        found["dense"] = partial(nn.Dense, dot_general=dot_general)
     if reason:
         logging.info("convolutions run on plain XLA: %s", reason)
     return found

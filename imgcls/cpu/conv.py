@@ -17,11 +17,11 @@ from imgcls.cpu.onednn import HWIO, NHWC, Convolution
 
 LAYOUT = lax.ConvDimensionNumbers(NHWC, HWIO, NHWC)
 USUAL: dict = {"dimension_numbers": LAYOUT, "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
-USUAL |= {"feature_group_count": 1, "batch_group_count": 1}
+USUAL["batch_group_count"] = 1
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}  # of the start-up check
 # Stride, images, pixels a side, channels in and out of the convolutions that it computes: with
 # stride 1 a weight gradient may be turned; the last two are large enough for Winograd, for which
-# oneDNN has other code where channels are many.
+# oneDNN has other code where channels are many. Groups would cost 0.3 s more at every start.
 CHECKED = (1, 2, 4, 16, 32), (2, 2, 4, 16, 32), (1, 32, 8, 24, 64), (1, 128, 4, 256, 256)
 
 _registering = threading.Lock()
@@ -30,10 +30,10 @@ _registering = threading.Lock()
 def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated`, by oneDNN where it can; ask `why_unavailable` before.
 
-    oneDNN takes images lhs [N,H,W,C] (NHWC) and kernels rhs [kh,kw,C,O] (HWIO), both float32 or
-    both bfloat16, and gives [N,H',W',O] in the same dtype. Sums are in float32, whatever
-    `precision` says. lax computes everything else: other layouts and dtypes, dilation, groups,
-    negative padding, tangents and second derivatives.
+    oneDNN takes images lhs [N,H,W,C] (NHWC) and kernels rhs [kh,kw,C/groups,O] (HWIO), both float32
+    or both bfloat16, and gives [N,H',W',O] in the same dtype. Sums are in float32, whatever
+    `precision` says. lax computes everything else: other layouts and dtypes, dilation, groups of
+    the batch, negative padding, tangents and second derivatives.
 
     Where jit partitions the batch (NamedSharding), the result is right, but every device computes
     all of it. Under shard_map it needs check_vma=False.
@@ -45,16 +45,23 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     usual = all(params.get(name) == value for name, value in USUAL.items())
     if not same or not usual or min(map(min, params["padding"])) < 0:
         return exact(lhs, rhs)
-    window = params["window_strides"], params["padding"]
-    conv = Convolution(lhs.shape, rhs.shape, out.shape, *window, out.dtype.name)
+    how = params["window_strides"], params["padding"], out.dtype.name, params["feature_group_count"]
+    conv = Convolution(lhs.shape, rhs.shape, out.shape, *how)
     return _operation(conv)(lhs, rhs)[0]
+
+
+def dot_general(lhs: jax.Array, rhs: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`jax.lax.dot_general` as in `nn.Dense`, [..., C] by [C, O], by a convolution of 1x1."""
+    x = lhs.reshape(1, -1, 1, lhs.shape[-1])
+    y = conv_general_dilated(x, rhs[None, None], (1, 1), "VALID", dimension_numbers=LAYOUT)
+    return y.reshape(*lhs.shape[:-1], -1)
 
 
 @functools.cache
 def _operation(conv: Convolution) -> Callable[..., tuple[jax.Array, ...]]:
     def plain(lhs, rhs):
-        window = {"window_strides": conv.strides, "padding": conv.padding}
-        return (lax.conv_general_dilated(lhs, rhs, **window, dimension_numbers=LAYOUT),)
+        how = {"dimension_numbers": LAYOUT, "feature_group_count": conv.groups}
+        return (lax.conv_general_dilated(lhs, rhs, conv.strides, conv.padding, **how),)
 
     def backward(operands, _, grad):
         lhs, rhs = operands

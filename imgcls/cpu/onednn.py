@@ -43,6 +43,7 @@ KINDS = {
 QUERIES = {SRC: 129, DIFF_SRC: 130, WEIGHTS: 131, DIFF_WEIGHTS: 132, DST: 133, DIFF_DST: 134}
 ALGORITHMS = {"direct": 1, "winograd": 2}
 NHWC, HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # their axes in oneDNN's order: N, C, H, W and O, I, H, W
+HWIGO = (3, 4, 2, 0, 1)  # of weights whose outputs are in groups: G, O, I, H, W
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Convolution:
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]  # (before, after) of height and of width
     dtype: str  # a key of DTYPES
+    groups: int = 1  # of channels, each convolved by itself; w is [kh,kw,C/groups,O]
+
+    def array(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape of "x", "w" or "y", and its axes in oneDNN's order."""
+        if role != "w" or self.groups == 1:
+            return getattr(self, role), HWIO if role == "w" else NHWC
+        return (*self.w[:3], self.groups, self.w[3] // self.groups), HWIGO
 
     def result(self, kind: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of what `kind` computes. Weight gradients stay in float32, as summed."""
@@ -109,8 +117,8 @@ class _Runtime:
         """Row-major if dense, else for the primitive to choose."""
         dims = _int64s(shape[axis] for axis in axes)
         strides = _int64s(math.prod(shape[axis + 1 :]) for axis in axes)
-        how, argument = ("strides", strides) if dense else ("tag", ANY_LAYOUT)
-        return self.make(f"memory_desc_create_with_{how}", 4, dims, DTYPES[dtype], argument)
+        how, value = ("strides", strides) if dense else ("tag", ANY_LAYOUT)
+        return self.make(f"memory_desc_create_with_{how}", len(axes), dims, DTYPES[dtype], value)
 
     def query(self, desc: C.c_void_p, what: int) -> C.c_void_p:
         return C.c_void_p(self.library.dnnl_primitive_desc_query_md(desc, what, 0))
@@ -230,8 +238,7 @@ def build(kind: str, conv: Convolution) -> Callable[..., None]:
 def _as_it_is(kind: str, conv: Convolution, how: str) -> tuple[C.c_void_p, list[tuple]]:
     """A primitive's description, and of each array, the result last, its number, its layout, and
     the layout that the primitive wants: blocks of weights, and for Winograd of all."""
-    axes = {"x": NHWC, "w": HWIO, "y": NHWC}
-    given = {number: (getattr(conv, role), axes[role]) for role, number in KINDS[kind].items()}
+    given = {number: conv.array(role) for role, number in KINDS[kind].items()}
     desc = _convolution_desc(kind, conv, how)
     return desc, _layouts(desc, given, conv.dtype)
 
@@ -276,7 +283,7 @@ def _suits_winograd(conv: Convolution) -> bool:
     tiles = images * -(-height // 4) * -(-width // 4)
     blocks = any(tiles % block == 0 for block in range(8, 32))  # of tiles, kept in registers
     return (
-        conv.dtype == "float32"
+        (conv.dtype, conv.groups) == ("float32", 1)
         and conv.w[:2] == (3, 3)
         and conv.strides == (1, 1)
         and conv.padding == ((1, 1), (1, 1))
@@ -300,7 +307,7 @@ def _turns(kind: str, conv: Convolution) -> bool:
     return (
         kind == "weight_grad"
         and isa() & (AVX2 | AVX512_CORE) == AVX2
-        and conv.dtype == "float32"
+        and (conv.dtype, conv.groups) == ("float32", 1)
         and conv.strides == (1, 1)
         and height * width <= TURNED_PIXELS
         and 4 * math.prod(conv.y) <= TURNED_BYTES
@@ -336,13 +343,13 @@ def _convolution_desc(kind: str, conv: Convolution, how: str) -> C.c_void_p:
         return rt.make(f"convolution_{name}_primitive_desc_create", rt.engine, *layouts, rt.attr)
 
     x, y = (rt.layout(shape, NHWC, conv.dtype, how == "direct") for shape in (conv.x, conv.y))
-    w = rt.layout(conv.w, HWIO, conv.dtype, dense=False)
+    w = rt.layout(*conv.array("w"), conv.dtype, dense=False)
     forward = make("forward", FORWARD_TRAINING, number, x, w, None, y, *window)
     if kind == "forward":
         return forward
     if kind == "input_grad":
         return make("backward_data", number, x, w, y, *window, forward)
-    w = rt.layout(conv.w, HWIO, "float32", dense=False)
+    w = rt.layout(*conv.array("w"), "float32", dense=False)
     return make("backward_weights", number, x, w, None, y, *window, forward)
 
 

@@ -6,6 +6,7 @@ all known is computed here, any other becomes ONNX nodes. To convert one more pr
 """
 
 from collections.abc import Callable, Sequence
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import jax
@@ -122,9 +123,21 @@ def _sizes(variable: Any, symbolic: int) -> list[int]:
 
 
 def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
-    last = eqn.invars[0].aval.ndim - 1
-    _require(eqn, dimension_numbers=(((last,), (0,)), ((), ())))
-    return graph("MatMul", x, y)
+    (summed, others), (batch, other_batch) = eqn.params["dimension_numbers"]
+    left = ascii_lowercase[: eqn.invars[0].aval.ndim]
+    right = list(ascii_uppercase[: eqn.invars[1].aval.ndim])
+    if (summed, others, batch) == ((len(left) - 1,), (0,), ()):
+        return graph("MatMul", x, y)
+    for i, j in zip((*summed, *batch), (*others, *other_batch)):
+        right[j] = left[i]
+    out = [left[i] for i in batch] + [a for a in (*left, *right) if (a in left) != (a in right)]
+    return graph("Einsum", x, y, equation=f"{left},{''.join(right)}->{''.join(out)}")
+
+
+def _slice(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
+    _require(eqn, strides=None)
+    starts = eqn.params["start_indices"]
+    return graph("Slice", x, starts, np.add(starts, _sizes(eqn.outvars[0], 2**62)))
 
 
 def _conv(graph: _Graph, eqn: JaxprEqn, x: str, kernel: np.ndarray) -> str:
@@ -150,17 +163,27 @@ def _max_pool(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
 CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 CALLS |= {"jit": "jaxpr", "remat2": "jaxpr"}
 OPERATIONS: dict[str, Callable[..., str]] = {
-    name: _same(name.title()) for name in ("add", "div", "exp", "max", "mul", "sub", "tanh")
+    name: _same(name.title())
+    for name in ("add", "div", "exp", "max", "min", "mul", "neg", "sub", "tanh")
 }
 OPERATIONS |= {
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _conv,
     "convert_element_type": _cast,
+    "copy": _same("Identity"),
     "dot_general": _dot,
+    "erfc": lambda graph, eqn, x: graph("Sub", np.float32(1), graph("Erf", x)),
     "integer_pow": lambda graph, eqn, x: graph("Pow", x, np.float32(eqn.params["y"])),
+    "pad": lambda graph, eqn, x, value: graph(
+        "Pad", x, np.ravel([pads[:2] for pads in eqn.params["padding_config"]], "F"), value
+    ),
     "reduce_max": _reduce("ReduceMax"),
     "reduce_sum": _reduce("ReduceSum"),
     "reduce_window_max": _max_pool,
     "reshape": lambda graph, eqn, x: graph("Reshape", x, _sizes(eqn.outvars[0], -1)),
+    "rsqrt": lambda graph, eqn, x: graph("Reciprocal", graph("Sqrt", x)),
+    "slice": _slice,
+    "square": lambda graph, eqn, x: graph("Mul", x, x),
     "stop_gradient": _same("Identity"),
+    "transpose": lambda graph, eqn, x: graph("Transpose", x, perm=eqn.params["permutation"]),
 }

@@ -3,20 +3,21 @@
 A model is built as `MODELS[name](num_classes=..., **fields)` and called as
 `model(images, train=...)`: normalised images [B, H, W, C] -> logits float32 [B, K].
 
-The operations are fields, too: conv, norm, pool (2x2 maximum) and act, as far as a model uses them.
+Its operations are fields, too, of conv, dense, norm, pool (2x2 maximum) and act those it uses.
 """
 
 from typing import Any
 
 from imgcls.models.cnn import CNN, MLP
+from imgcls.models.convnext import ConvNeXt
+from imgcls.models.efficientnet import EfficientNetLite
 from imgcls.models.resnet import ResNet, WideResNet
+from imgcls.models.vit import ViT
 
 MODELS: dict[str, Any] = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}
+MODELS |= {"vit": ViT, "convnext": ConvNeXt, "efficientnet_lite": EfficientNetLite}
 
 
 def head_of(params: dict[str, Any]) -> str:
-    """The name of a model's last layer: "head", or Linen's name of its last `nn.Dense`.
-
-    CNN and MLP have Linen's names, with which the checkpoints of earlier versions were saved.
-    """
+    """The name of the last layer: "head", or Linen's own, which keeps older cnn runs readable."""
     return "head" if "head" in params else f"Dense_{sum('Dense_' in name for name in params) - 1}"

@@ -1,7 +1,4 @@
-"""Residual networks: arXiv 1512.03385 and 1603.05027 (He et al.), 1605.07146 (wide ones).
-
-Modules are named as in timm, with "_" for ".".
-"""
+"""Residual networks (arXiv 1512.03385, 1603.05027; wide ones 1605.07146), named as in timm."""
 
 from collections.abc import Callable
 from functools import partial
@@ -61,9 +58,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18, 34, 50 or 101: normalised [B, H, W, C] -> logits float32 [B, num_classes].
 
-    With the imagenet stem, strided convolutions and max-pooling pad both sides alike, as in the
-    paper and in torch, so that public weights fit. With the cifar stem they pad an even size by one
-    pixel after its end ("SAME"), as they did for the published results.
+    The imagenet stem makes strided windows pad both sides alike, as in the paper and in torch. The
+    cifar stem keeps the padding of the published results, which is Linen's "SAME".
 
     Args:
         depth: 18, 34, 50 or 101 layers
@@ -93,15 +89,8 @@ class ResNet(nn.Module):
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         blocks, bottleneck = STAGES[self.depth]
-        for stage, count in enumerate(blocks):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(
-                    *(64 * 2**stage, stride, bottleneck, self.preactivation, conv, norm),
-                    symmetric=large,
-                    name=f"layer{stage + 1}_{i}",
-                )
-                x = block(x, train=train)
+        fields = bottleneck, self.preactivation, conv, norm, 0.0, large
+        x = _stages(x, blocks, 64, *fields, train=train)
         norm = norm if self.preactivation else None
         return _pool_and_classify(self, x, norm, self.dropout_rate, train=train)
 
@@ -127,13 +116,8 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, norm = _bound(self, train)
         x = conv(16, (3, 3), name="conv1")(x.astype(self.dtype))
-        for stage in range(3):
-            for i in range((self.depth - 4) // 6):
-                stride = 2 if stage > 0 and i == 0 else 1
-                width = 16 * self.width_factor * 2**stage
-                name = f"layer{stage + 1}_{i}"
-                block = Block(width, stride, False, True, conv, norm, self.dropout_rate, name=name)
-                x = block(x, train=train)
+        blocks, width = 3 * ((self.depth - 4) // 6,), 16 * self.width_factor
+        x = _stages(x, blocks, width, False, True, conv, norm, self.dropout_rate, train=train)
         return _pool_and_classify(self, x, norm, 0.0, train=train)
 
 
@@ -141,6 +125,15 @@ def _bound(model: ResNet | WideResNet, train: bool) -> tuple[Callable, Callable]
     conv = partial(model.conv, use_bias=False, kernel_init=he_normal, dtype=model.dtype)
     norm = partial(model.norm, use_running_average=not train, momentum=0.9, dtype=model.dtype)
     return conv, norm
+
+
+def _stages(x, blocks, width, *fields, train) -> jax.Array:
+    for stage, count in enumerate(blocks):
+        for i in range(count):
+            stride, name = 2 if stage > 0 and i == 0 else 1, f"layer{stage + 1}_{i}"
+            block = Block(width * 2**stage, stride, *fields, name=name)
+            x = block(x, train=train)
+    return x
 
 
 def _pool_and_classify(model, x, norm, dropout_rate, *, train) -> jax.Array:

@@ -35,6 +35,9 @@ CASES = {  # x, w, strides, padding
     "even kernel": ((2, 8, 8, 3), (2, 2, 3, 24), (1, 1), "VALID"),
     "nothing alike": ((3, 9, 7, 5), (3, 2, 5, 6), (2, 1), [(1, 2), (0, 3)]),
     "padded before": ((2, 8, 8, 4), (3, 3, 4, 4), (2, 2), "SAME_LOWER"),
+    "a channel each": ((2, 9, 9, 16), (7, 7, 1, 16), (1, 1), "SAME"),
+    "two of a channel, strided": ((2, 8, 9, 6), (3, 3, 1, 12), (2, 2), "SAME"),
+    "groups": ((2, 8, 8, 12), (3, 5, 4, 18), (1, 2), [(1, 1), (0, 2)]),
     "one value": ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), "VALID"),
     "no image": ((0, 4, 4, 8), (3, 3, 8, 8), (1, 1), "SAME"),
 }
@@ -49,7 +52,9 @@ def dtype(request):
 
 
 def convolve(x, w, strides=(1, 1), padding="SAME", function=conv_general_dilated):
-    return function(x, w, strides, padding, dimension_numbers=LAYOUT)
+    groups = max(1, x.shape[-1] // w.shape[2])
+    options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
+    return function(x, w, strides, padding, **options)
 
 
 lax_convolve = functools.partial(convolve, function=lax.conv_general_dilated)
@@ -65,12 +70,12 @@ def pull(function, x, w, strides=(1, 1), padding="SAME"):
     return value, *vjp(jnp.asarray(normal(2, *value.shape, dtype=value.dtype)))
 
 
-def assert_close(ours, theirs, error=TOLERANCES["float32"]):
-    """Equal trees of arrays, up to `error` times the largest value of each array."""
+def assert_close(ours, theirs, error=TOLERANCES["float32"], least=1e-6):
+    """Equal trees of arrays, up to `error` times the largest value of each array, or `least`."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs)):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        atol = error * np.abs(b).max(initial=1e-6)
+        atol = error * np.abs(b).max(initial=least)
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
 
 
@@ -119,7 +124,6 @@ def test_takes_what_linen_passes(padding, shape):
         {"dimension_numbers": ("NHC", "HIO", "NHC"), "lhs": (2, 8, 4), "rhs": (3, 4, 4)},
         {"lhs_dilation": (2, 2)},
         {"rhs_dilation": (1, 2)},
-        {"feature_group_count": 2, "rhs": (3, 3, 2, 4)},
         {"batch_group_count": 2},
         {"padding": [(0, 0), (-1, 2)]},
         {"preferred_element_type": jnp.float32, "dtype": jnp.bfloat16},
@@ -173,13 +177,27 @@ POOL = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 NORMS = layers.BatchNorm, nn.BatchNorm
 LAYERS = {  # ours and Linen's
     "conv": [nn.Conv(8, (3, 3), conv_general_dilated=f) for f in (conv_general_dilated, None)],
+    "dense": [nn.Dense(8, dot_general=f) for f in (conv.dot_general, None)],
     "norm": [norm(use_running_average=False, momentum=0.5) for norm in NORMS],
     "pool": [nn.Sequential([f]) for f in (layers.max_pool, POOL)],
     "act": [nn.Sequential([f]) for f in (layers.gelu, nn.gelu)],
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 5, 4), (2, 3, 5, 4)], ids=str)
+def test_fully_connected_layers_are_linens(shape, dtype):
+    x, variables = normal(0, *shape).astype(dtype), {"params": {"kernel": normal(1, 4, 7)}}
+    ours, theirs = (
+        nn.Dense(7, use_bias=False, dtype=dtype, dot_general=f).apply(variables, x)
+        for f in (conv.dot_general, None)
+    )
+    assert ours.dtype == theirs.dtype
+    assert_close(ours, theirs, error=TOLERANCES[dtype.name])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "dense" else ()) for n in LAYERS]
+)
 def test_every_mode_gives_what_linen_gives(name):
     images = [normal(seed, 3, 5, 6, 4) for seed in (0, 1)]
     rest = LAYERS[name][1].init(jax.random.key(0), images[0])
@@ -383,7 +401,9 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
 def test_without_onednn_the_other_operations_stay(monkeypatch, caplog):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     caplog.set_level("INFO")
-    assert set(cpu.ops("float32")) == {"conv", "norm", "pool", "act"} and not caplog.records
+    assert (
+        set(cpu.ops("float32")) == {"conv", "dense", "norm", "pool", "act"} and not caplog.records
+    )
     monkeypatch.setattr(cpu, "why_unavailable", lambda dtype: "no library")
     assert set(cpu.ops("float32")) == {"norm", "pool", "act"}
     assert caplog.messages == ["convolutions run on plain XLA: no library"]

@@ -39,6 +39,7 @@ def test_target_names_hash_the_whole_key(monkeypatch):
         {"strides": (2, 2), "y": (2, 2, 2, 4)},
         {"padding": ((2, 0), (1, 1))},
         {"dtype": "bfloat16"},
+        {"w": (3, 3, 2, 4), "groups": 2},
     ]
     convolutions = [BASE, *(replace(BASE, **change) for change in others)]
     names = [conv.target(kind, c) for kind in onednn.KINDS for c in convolutions]
@@ -109,6 +110,7 @@ def test_winograd_gives_what_lax_gives(x_shape, w_shape, monkeypatch):
         ({"dtype": "bfloat16"}, False),
         ({"strides": (2, 2), "x": (128, 8, 8, 64)}, False),
         ({"w": (1, 1, 64, 64)}, False),
+        ({"w": (3, 3, 32, 64), "groups": 2}, False),
         ({"padding": ((2, 0), (1, 1))}, False),
     ],
     ids=str,
@@ -149,6 +151,7 @@ def test_what_executions_need_besides_is_shared():
         (0x7, "weight_grad", {"x": (2, 6, 6, 4), "y": (2, 6, 6, 4)}, False),
         (0x7, "weight_grad", {"w": (3, 3, 4, 2**18), "y": (2, 4, 4, 2**18)}, False),
         (0x7, "weight_grad", {"w": (1, 1, 4, 4)}, False),
+        (0x7, "weight_grad", {"w": (3, 3, 2, 4), "groups": 2}, False),
         (0x7, "weight_grad", {"x": (0, 4, 4, 4), "y": (0, 4, 4, 4)}, False),
     ],
 )
