@@ -139,7 +139,9 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
         say(f"{name}: {len(split)} examples, {exp.config.data.name} {split.name}")
     if "validation" not in splits:
         say("validation: none, config.data.validation is empty")
-    total_steps = exp.total_steps  # or the reason why there is none
+    total_steps, c = exp.total_steps, exp.config.train  # or the reason why there are none
+    if c.steps and abs(total_steps - c.steps) > exp.steps_per_epoch:
+        say(f"config.train.epochs={c.epochs} makes {total_steps} steps, not {c.steps}")
     weighted = exp.config.task.get("class_weights", "none") != "none"
     found = interruptibly(lambda: describe(splits, weighted=weighted))
     say("\n".join(found))

@@ -126,9 +126,11 @@ def test_a_run_that_patience_ended_is_finished(without_computing, top1, tmp_path
     assert "already finished" in capsys.readouterr().out and len(without_computing) == 10
 
 
-def test_short_epochs_have_four_lines_where_no_number_is_given(without_computing, tmp_path):
-    config = small_config(train__log_every_steps=0, train__batch_size=16)  # 12 steps per epoch
+def test_short_epochs_have_four_lines_where_no_number_is_given(without_computing, tmp_path, capsys):
+    # 12 steps per epoch
+    config = small_config(train__log_every_steps=0, train__batch_size=16, train__steps=500)
     session(tmp_path, config, test=False)
+    assert "config.train.epochs=2 makes 24 steps, not 500" in capsys.readouterr().out
     rows = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert rows == list(range(3, 25, 3))
 

@@ -12,8 +12,7 @@ from imgcls.data.splits import Split, check_disjoint, load_splits
 from imgcls.run.logs import say
 
 SIZES, SHRINK = (64, 128, 224), 1.5
-BATCH, VALIDATIONS = 64, 20
-MEASURED = 1000  # pictures, evenly spaced, whose mean and deviation are taken
+BATCH, VALIDATIONS, MEASURED = 64, 20, 1000  # the last: pictures whose mean is taken
 FEW, FEW_EPOCHS = 1000, 10  # training pictures, and epochs, that ask for something else
 Sources = dict[str, Source]
 
@@ -39,9 +38,8 @@ def resolve(
 ) -> tuple[ConfigDict, Sources, dict[str, Split]]:
     """A copy of the config whose training pictures decided `keys.OPEN`, and what was opened."""
     left, sources, opened = left_open(config), {} if splits else open_data(config), splits or {}
-    if "data.image_size" in left:
-        size = opened["train"].parts[0].shape[1:3] if splits else _size(sources)
-        config = completed(config, {"data.image_size": size})
+    size = opened["train"].parts[0].shape[1:3] if splits else _size(sources)
+    config = completed(config, {"data.image_size": size})
     opened = opened or {"train": open_splits(config, "train", sources=sources)[0]}
     train, c = opened["train"], config.train
     batch = c.batch_size or min(BATCH, 1 << len(train).bit_length() - 1)
@@ -60,7 +58,7 @@ def resolve(
     say(f"chosen by {len(train):,} training pictures, where no --config.KEY=VALUE does: {shown}")
     if "train.epochs" in left and len(train) < FEW:
         say(f"under {FEW:,} pictures, configs/finetune.py, a pretrained network, does better")
-    if "train.epochs" in left and epochs < FEW_EPOCHS:
+    elif "train.epochs" in left and epochs < FEW_EPOCHS:
         say(f"--config.train.steps={FEW_EPOCHS * steps_per_epoch} or more may do better")
     return completed(config, found), sources, opened
 

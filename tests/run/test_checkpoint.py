@@ -120,12 +120,15 @@ def test_the_latest_and_the_best_are_kept(tmp_path, tops, best):
 
 
 def test_what_brings_no_better_score_is_counted_from_the_first_best_one(tmp_path):
+    assert Checkpoints(tmp_path / "new").since_best() == (0, 0)
     checkpoints = saved(tmp_path, [0.2, 0.5, 0.5])
-    assert checkpoints.improved(4, {"top1": 0.4}) == (2, 2)
-    assert checkpoints.improved(4, {"top1": 0.6}) == (4, 0)
-    assert checkpoints.improved(4, {}) == (2, 1), "a step that cannot be the best counts for none"
-    assert checkpoints.improved(4, {"top1": NAN}) == (2, 1)
-    assert Checkpoints(tmp_path / "new").improved(5, {"loss": 1.0}) == (5, 0)
+    assert checkpoints.since_best() == (2, 1)
+    checkpoints.record(4, {})
+    assert checkpoints.since_best() == (2, 1), "a step that cannot be the best counts for none"
+    checkpoints.record(5, {"top1": 0.4, "loss": NAN})
+    assert checkpoints.since_best() == (2, 2)
+    checkpoints.record(6, {"top1": 0.6})
+    assert checkpoints.since_best() == (6, 0)
 
 
 def test_scores_past_the_restored_step_are_dropped(tmp_path):
