@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from imgcls.config import default_config, validate
 from imgcls.tuning.space import canonical, config_at, halton_points
@@ -91,16 +93,45 @@ def test_shorter_runs_of_each_dataset_that_it_offers_have_valid_configs(
     assert len(checked) == 3 + 10
 
 
-@pytest.mark.slow
-def test_it_runs_from_top_to_bottom_on_the_embedded_digits(notebook, tmp_path):
+def execute(notebook, folder):
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
-    committed = pictures(notebook)
     for cell in code_cells(notebook):
         cell.outputs = []
-    resources = {"metadata": {"path": str(tmp_path)}}
+    resources = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
     client.execute(env=as_users() | {"PYTHONPATH": str(ROOT)})  # a failing cell raises
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom_on_the_embedded_digits(notebook, tmp_path):
+    committed = pictures(notebook)
+    execute(notebook, tmp_path)
     assert pictures(notebook) == committed > 10
     assert len(list(tmp_path.glob("runs/*/results.json"))) == 1 + 3 + 1
     assert os.listdir(tmp_path) == ["runs"]
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_folder_of_two_classes(notebook, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, brightest in (("dark", 160), ("a bright one", 256)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(60):
+            pixels = rng.integers(0, brightest, (12, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    small = "config.data.image_size, config.model.widths, config.train.epochs = (8, 8), (8, 8), 2"
+    shorter = {
+        'DATASET = "digits"': 'DATASET = "photos"',
+        "config.data.dir = str(folder)": f"config.data.dir = str(folder)\n    {small}",
+        "epochs = 150": "epochs = 2",
+        "trials=10": "trials=2",
+        "seeds=3": "seeds=1",
+    }
+    for old, new in shorter.items():
+        (cell,) = (cell for cell in code_cells(notebook) if old in cell.source)
+        cell.source = cell.source.replace(old, new)
+    committed = pictures(notebook)
+    execute(notebook, tmp_path)
+    assert pictures(notebook) == committed
+    assert "top-5" not in "".join(str(cell.outputs) for cell in code_cells(notebook))

@@ -88,6 +88,25 @@ class Tokens(nn.Module):
         return nn.Dense(self.num_classes)(x[:, 0])
 
 
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(4, (3, 3))(x), None
+
+
+class Scanned(nn.Module):
+    """Its maps are inside a loop, from which JAX lets nothing out."""
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Conv(4, (3, 3))(x)
+        loop = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(self.num_classes)(loop()(x, None)[0].mean((1, 2)))
+
+
 @pytest.fixture
 def classifier(request, monkeypatch):
     monkeypatch.setitem(MODELS, "toy", request.param)
@@ -119,3 +138,13 @@ def test_without_places_at_the_end_nothing_is_shown(classifier, caplog):
     train = classifier.experiment.splits["train"]
     assert looked_at(classifier, train, -classifier.logits(train, quiet=True), None) == {}
     assert not caplog.records
+
+
+@pytest.mark.parametrize("classifier", [Scanned], indirect=True)
+def test_a_model_that_cannot_be_looked_into_ends_no_evaluation(classifier, caplog):
+    train = classifier.experiment.splits["train"]
+    logits = classifier.logits(train, quiet=True)
+    wrong = np.where((logits.argmax(1) == train.labels)[:, None], -logits, logits)
+    assert looked_at(classifier, train, wrong, None) == {}
+    (warning,) = caplog.messages
+    assert warning.startswith("the report cannot show where it looked: ") and "\n" not in warning
