@@ -221,7 +221,9 @@ def test_paths_stand_whole_below_the_pictures_and_below_labels_that_may_be_wrong
     assert {path, "b", "7"} <= set(page.texts)
     titles = {a["title"] for a in page.of("code", **{"class": "name"})}
     assert titles == {*ids, "train:x/9.png"}
-    assert "contradicts the labels of 40 examples" in page.words and "The first 1:" in page.words
+    assert (
+        "contradicts the labels of 40 examples" in page.words and "The first 1, with" in page.words
+    )
     assert "cat , 75.0% validation, labelled dog x/9.png" in page.words
     (image,) = (a["src"] for a in page.of("img", title="train:x/9.png"))
     assert np.unique(Image.open(io.BytesIO(decode(image)))) == 200
