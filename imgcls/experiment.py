@@ -180,8 +180,9 @@ class Experiment:
     @functools.cached_property
     def rng(self) -> jax.Array:
         """The key from which, with the step, all of training's randomness comes."""
-        # Else a key has the lower half of the seed alone. JAX before 0.8 has the older name.
-        with (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True):  # type: ignore
+        older = not hasattr(jax, "enable_x64")  # before 0.8
+        x64 = jax.experimental.enable_x64 if older else jax.enable_x64  # type: ignore
+        with x64(True):  # else a key has the lower half of the seed alone
             key = partial(jax.random.key, self.config.seed)
             return jax.jit(key, out_shardings=self.everywhere)()
 

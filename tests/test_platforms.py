@@ -92,7 +92,7 @@ def test_windows_gets_one_line():
 
 @pytest.mark.parametrize("capability, said", [("7.5", True), ("8.0", False), ("10.0", False)])
 def test_a_gpu_without_bfloat16_is_named(capability, said, monkeypatch, caplog):
-    gpu = SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
+    gpu = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
     machine.tell_of_bfloat16.__wrapped__()
-    assert ("Tesla T4 (compute capability 7.5) has no bfloat16" in caplog.text) == said
+    assert ("(compute capability 7.5) has no bfloat16" in caplog.text) == said

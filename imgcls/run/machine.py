@@ -105,14 +105,11 @@ def compiler_options(*, once: bool = False) -> dict[str, str] | None:
 
 @functools.cache
 def tell_of_bfloat16() -> None:
-    """Says, once, that a GPU has none; Tesla's T4 is the one in a free Colab."""
-    gpu = jax.devices()[0]
-    if re.fullmatch(r"[1-7]\.\d", capability := getattr(gpu, "compute_capability", "")):
-        logging.warning(
-            "%s (compute capability %s) has no bfloat16: it computes in float32, no faster",
-            gpu.device_kind,
-            capability,
-        )
+    """Says, once, that a GPU such as Colab's T4 has none."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if re.fullmatch(r"[1-7]\.\d", capability):
+        told = "this GPU (compute capability %s) has no bfloat16: it computes in float32, no faster"
+        logging.warning(told, capability)
 
 
 def check_memory(compiled: jax.stages.Compiled) -> None:
