@@ -8,7 +8,7 @@ chip can do at most (`CHIPS`); a real step takes longer than the larger of them.
 """
 
 import contextlib
-import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -29,6 +29,8 @@ from jax.sharding import AxisType, Mesh
 from imgcls.data.splits import Split
 from imgcls.experiment import Experiment
 from imgcls.parallel import replicated, split_by_example
+from imgcls.run import machine
+from imgcls.run.workdir import read_json, write_json
 from imgcls.state import create_state
 
 # Most FLOP/s in bfloat16, bytes/s of its memory, GiB of memory: cloud.google.com/tpu/docs.
@@ -58,10 +60,10 @@ IMAGENET = {
 }
 CASES = {
     "digits on v5e-256": ("digits", "v5e-256", {"train.batch_size": 256}),
-    "cifar10 on v5e-1": ("cifar10", "v5e-1", {}),
+    "cifar10 on v5e-1": ("cifar10", "v5e-1", {"train.batch_size": 512}),
     "cifar10 on v5e-8": ("cifar10", "v5e-8", {"train.batch_size": 512}),
-    "cifar10 on v6e-8": ("cifar10", "v6e-8", {}),
-    "cifar10 on v4-8": ("cifar10", "v4-8", {}),
+    "cifar10 on v6e-8": ("cifar10", "v6e-8", {"train.batch_size": 512}),
+    "cifar10 on v4-8": ("cifar10", "v4-8", {"train.batch_size": 512}),
     "ResNet-50 on v5e-8": ("cifar10_resnet18", "v5e-8", IMAGENET),
 }
 COLLECTIVES = ["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
@@ -87,7 +89,9 @@ def experiment_on(
     """
     c = importlib.import_module(f"configs.{config}").get_config()
     c.update_from_flattened_dict(changes or {})
-    examples, shape = 100 * c.train.batch_size, (*c.data.image_size, c.data.channels)
+    # What a config leaves open, an `Experiment` decides by its images.
+    examples, shape = 4 * (c.train.batch_size or 64), (*c.data.image_size, c.data.channels)
+    shape = shape if len(shape) == 3 else (64, 64, c.data.channels)
     images = np.broadcast_to(np.zeros((), np.uint8), (examples, *shape))
     classes = tuple(map(str, range(1000 if shape[0] == 224 else 10)))
     labels = np.arange(examples, dtype=np.int32) % len(classes)
@@ -171,6 +175,7 @@ def measure(name: str) -> dict:
         "chips": experiment.mesh.size,
         "GiB": memory.peak_memory_in_bytes / 2**30,
         "MB_between_chips": moved,
+        "flops": cost["flops"],
         "milliseconds": milliseconds,
         "bound_by": max(milliseconds, key=milliseconds.get),
     }
@@ -179,11 +184,12 @@ def measure(name: str) -> dict:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    arguments = parser.parse_args()
-    for name in arguments.only:
-        row = measure(name)
+    path = common.RESULTS / "accelerators.json"
+    for name in parser.parse_args().only:
+        row = measure(name) | machine.describe()
+        row["versions"]["libtpu"] = importlib.metadata.version("libtpu")
         print(name, json.dumps(row), flush=True)
-        common.write_result("accelerators", name, row)
+        write_json(path, (read_json(path) if path.exists() else {}) | {name: row})
 
 
 if __name__ == "__main__":
