@@ -143,6 +143,20 @@ def growth() -> str:
     return common.table(rows)
 
 
+def accelerators() -> str:
+    head = ["step", "batch", "memory a chip", "all-reduced", "at least, by FLOPs", "by bandwidth"]
+    rows, parts = [head], read_json(common.RESULTS / "accelerators.json")
+    for name, part in parts.items():
+        least = [f"{part['milliseconds'][kind]:.2f} ms" for kind in ("FLOPs", "bandwidth")]
+        moved = f"{sum(part['MB_between_chips'].values()):.2f} MB"
+        rows.append([name, part["batch"], f"{part['GiB']:.2f} GiB", moved, *least])
+    one = parts["cifar10 on v5e-1"]
+    for chip, most in {"H100": 989e12, "T4, in float32": 8.1e12}.items():  # FLOP/s, of data sheets
+        least = f"{1e3 * one['flops'] / most:.2f} ms"
+        rows.append([f"cifar10 on one {chip}", one["batch"], "", "", least, ""])
+    return common.table(rows)
+
+
 def trials(network: str, path: Path = TRIALS) -> str:
     """A network's trials below the recipe (bold) that each of them changes."""
     trials = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -200,7 +214,7 @@ def documents() -> dict[Path, dict[str, str]]:
         "cifar10_wide": "cifar10_wide",
         "mnist": "mnist",
     }
-    tables = (train_step, around_the_step, growth, accuracy)
+    tables = (train_step, around_the_step, growth, accelerators, accuracy)
     return {
         common.ROOT / "README.md": {"results": results()},
         common.ROOT / "benchmarks/README.md": {table.__name__: table() for table in tables},

@@ -7,7 +7,8 @@ Test top-1 94.12%, the mean of three seeds (94.06, 93.98, 94.32; 95% interval of
 4324 and 4480 s on those of an Intel Xeon (AVX-512), with other work beside them
 (docs/recipes.md). Training accuracy was 98%. It trains on all of `train` and validates on
 nothing: its recipe was put together from what paid on validation splits, its widths from test
-figures of single runs, and was not tuned as a whole.
+figures of single runs, and was not tuned as a whole. All of it was measured with batches of 500:
+100 steps an epoch in the place of today's 97.
 """
 
 from ml_collections import ConfigDict
@@ -42,10 +43,10 @@ def get_config() -> ConfigDict:
     config.optim.dense_learning_rate = 0.005  # for fully connected layers
     config.optim.bias_learning_rate = 25.0  # for biases and scales
 
-    config.train.batch_size = 500
+    config.train.batch_size = 512  # which 8 or 256 devices can share
     config.train.epochs = 12
     config.train.small_epochs = 8.0  # the first ones train on smaller images
     config.train.small_image_size = (24, 24)
-    config.train.log_every_steps = 50
+    config.train.log_every_steps = 48
     config.train.validate_every_epochs = 2
     return config

@@ -5,6 +5,12 @@ classifier = load("runs/cifar10")
 probabilities = classifier(images)  # uint8[N, h, w, C] -> float32[N, K]
 """
 
+import sys
+
+if sys.platform == "win32":  # locks need fcntl, and array_record has no wheels
+    print("error: imgcls runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
+    sys.exit(2)
+
 
 def __getattr__(name: str):
     if name == "load":  # imported when asked for: the commands' --help need not wait for JAX

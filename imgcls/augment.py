@@ -90,9 +90,7 @@ def crop(rng: Array, images: Array, labels: Array, fraction: float) -> Examples:
     top, left = jax.random.uniform(place_rng, (2, batch, 1)) * (1 - jnp.stack([tall, wide]))
     y, x = (jnp.arange(size, dtype=jnp.float32)[None] + 0.5 for size in (height, width))
     rows, columns = top * height + tall * y - 0.5, left * width + wide * x - 0.5
-    shape = (batch, height, width)
-    rows = jnp.broadcast_to(rows[:, :, None], shape)
-    return interpolate(images, rows, jnp.broadcast_to(columns[:, None, :], shape)), labels
+    return interpolate(images, rows[:, :, None], columns[:, None, :]), labels
 
 
 def rand_augment(

@@ -180,7 +180,9 @@ class Experiment:
     @functools.cached_property
     def rng(self) -> jax.Array:
         """The key from which, with the step, all of training's randomness comes."""
-        with jax.enable_x64(True):  # else a key has the lower half of the seed alone
+        older = not hasattr(jax, "enable_x64")  # before 0.8
+        x64 = jax.experimental.enable_x64 if older else jax.enable_x64  # type: ignore
+        with x64(True):  # else a key has the lower half of the seed alone
             key = partial(jax.random.key, self.config.seed)
             return jax.jit(key, out_shardings=self.everywhere)()
 
@@ -253,12 +255,10 @@ class Experiment:
         machine.check_memory(program)
         return partial(program, self.rng, sample)
 
-    def compile_train_step(self, state: TrainState, *, small: bool = False) -> jax.stages.Compiled:
+    def jit_train_step(self, *, small: bool = False) -> jax.stages.Wrapped:
         """`train_step` as (state, batch, rng) -> (state, metrics). The state is donated.
 
-        Args:
-            state: arrays, or their shapes with shardings.
-            small: the program of the first epochs, on smaller images.
+        `small`: the program of the first epochs, on smaller images.
         """
         c = self.config
         step = partial(
@@ -272,17 +272,25 @@ class Experiment:
             accumulate_steps=c.train.accumulate_steps,
             unroll=jax.default_backend() == "cpu",
         )
-        step = self.jit(step, donate_argnums=0)
+        return self.jit(step, donate_argnums=0)
+
+    def compile_train_step(self, state: TrainState, *, small: bool = False) -> jax.stages.Compiled:
+        """`jit_train_step`, compiled for `state`: arrays, or their shapes with shardings."""
         with nn.intercept_methods(_refuse_constants):
+            step = self.jit_train_step(small=small)
             lowered = step.lower(state, self.train_batch(0), self.rng)
         program = lowered.compile()
         machine.check_memory(program)
         return program
 
-    def compile_eval_step(self, state: TrainState) -> jax.stages.Compiled:
-        """`eval_step` as (state, batch) -> metrics, for batches of validation."""
+    def jit_eval_step(self) -> jax.stages.Wrapped:
+        """`eval_step` as (state, batch) -> metrics."""
         step = partial(eval_step, model=self.model, preprocess=self.preprocess, task=self.task)
-        return self.jit(step).lower(state, next(self.eval_batches("validation"))).compile()
+        return self.jit(step)
+
+    def compile_eval_step(self, state: TrainState) -> jax.stages.Compiled:
+        """`jit_eval_step`, compiled for batches of validation."""
+        return self.jit_eval_step().lower(state, next(self.eval_batches("validation"))).compile()
 
     def jit_predict_step(self) -> jax.stages.Wrapped:
         """`predict_step` as (state, images) -> logits."""
@@ -348,7 +356,8 @@ def compute_dtype(config: ConfigDict) -> str:
 
     With AVX2 a step took 17 times as long in bfloat16 as in float32.
     """
-    dtype = config.model.dtype
+    if (dtype := config.model.dtype) == "bfloat16":
+        machine.tell_of_bfloat16()
     slow = dtype == "bfloat16" and jax.default_backend() == "cpu" and not cpu.has_bfloat16()
     return "float32" if slow else dtype
 

@@ -37,7 +37,10 @@ PHOTOGRAPHS = {
     "augment.brightness": 0.0, "augment.contrast": 0.0, "augment.saturation": 0.0,
     "augment.flip_probability": 0.5,
 }  # fmt: skip
-CHANGED = SHORTENED | {"image_folder": PHOTOGRAPHS}
+# Eight devices, or 256, can share a batch. A line of the log is for half an epoch.
+SHARED = {"train.batch_size": 512, "train.log_every_steps": 48}
+OTHER_LENGTHS = SHORTENED | {"cifar10": SHARED, "cifar10_wide": SHARED}
+CHANGED = OTHER_LENGTHS | {"image_folder": PHOTOGRAPHS}
 
 
 def get_config(name):
@@ -238,7 +241,7 @@ def test_a_config_survives_its_file():
 )  # today's is another recipe
 def test_the_config_of_an_older_run_is_completed_with_what_its_code_did(name):
     nested = {}
-    for key, value in (BEFORE[name] | SHORTENED.get(name, {})).items():
+    for key, value in (BEFORE[name] | OTHER_LENGTHS.get(name, {})).items():
         section, _, last = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[last] = value
     loaded, now = flatten(from_json(nested)), flatten(get_config(name))

@@ -1,17 +1,19 @@
 """Python functions as XLA FFI targets on the CPU: ctypes takes the place of a compiler.
 
 XLA calls a target with the address of a call frame, which has those of the buffers. The structs are
-the beginnings of those in xla/ffi/api/c_api.h (under jax.ffi.include_dir()) as of API_VERSION. XLA
-asks each new target for its version, and refuses to compile for one that it no longer supports.
+the beginnings of those in xla/ffi/api/c_api.h (under jax.ffi.include_dir()), which only another
+major version may change. They were read in versions 0.1, 0.3 and 0.5.
 """
 
 import atexit
 import ctypes as C
+import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
-API_VERSION = (0, 3)
 METADATA_EXTENSION, INTERNAL = 1, 13
 
 
@@ -48,15 +50,19 @@ def register(name: str, run: Callable[..., None]) -> None:
 
     `run` receives the addresses of the operands, then of the results, on any thread and on several
     at once. Its exception fails the XLA program: a `jax.errors.JaxRuntimeError` with the same text.
+
+    Raises RuntimeError where XLA has another interface, before XLA sees the target.
     """
+    version = api_version()
+    jax.devices("cpu")  # a backend that starts later fails as a whole if it refuses a target
 
     def handle(frame) -> int | None:
         frame = frame.contents
         try:
             if frame.extension and frame.extension.contents.type == METADATA_EXTENSION:
                 asked = C.cast(frame.extension, C.POINTER(_METADATA_EXTENSION)).contents
-                version = asked.metadata.contents.version
-                version.major, version.minor = API_VERSION
+                told = asked.metadata.contents.version
+                told.major, told.minor = version
             else:
                 run(*_addresses(frame.operands), *_addresses(frame.results))
         except BaseException as error:  # ctypes would drop it, and XLA use a result never written
@@ -71,7 +77,20 @@ def register(name: str, run: Callable[..., None]) -> None:
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handlers[name]), platform="cpu")
 
 
+@functools.cache
+def api_version() -> tuple[int, int]:
+    """The version of the interface that XLA has, from its header."""
+    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    numbers = re.findall(r"^#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header, re.M)
+    major, minor = map(int, numbers)
+    if major:
+        raise RuntimeError(f"XLA's interface for foreign functions is {major}.{minor}, not 0.x")
+    return major, minor
+
+
 def _addresses(buffers) -> list[int]:
+    if buffers.size != C.sizeof(_BUFFERS):
+        raise RuntimeError("the call frame is of another version of XLA")
     return [buffers.items[i].contents.address for i in range(buffers.count)]
 
 

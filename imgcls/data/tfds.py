@@ -6,6 +6,7 @@ with it, is a child process.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Colab's tensorflow-metadata is generated for a newer protobuf than Colab has; it works with both.
+os.environ.setdefault("TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK", "true")
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -200,6 +204,8 @@ def _check_shard(path: Any, length: int) -> Any:
 
 def _prepare_in_child(name: str, root: Path) -> Path:
     """Runs `imgcls.data.prepare`, which shares our stderr and ends when we do."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"preparing {name} in {root} needs TensorFlow: pip install tensorflow-cpu")
     with subprocess.Popen(
         [sys.executable, "-m", "imgcls.data.prepare", name, root],
         stdin=subprocess.PIPE,  # its end tells the child to end

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import psutil
 from filelock import FileLock, Timeout
-from jax._src.compilation_cache import decompress_executable
 
 from imgcls.errors import CheckpointError
 from imgcls.run.files import cache_folder
@@ -77,13 +76,16 @@ def _is_whole(folder: Path, key: str) -> bool:
     """
     path = folder / f"{key}-cache"
     try:
+        from jax._src.compilation_cache import decompress_executable  # another JAX may lack it
+
         (folder / f"{key}-atime").stat()
         # The year 1970 tells the programs that were looked at, and not written since.
         if path.stat().st_mtime or not path.stat().st_size:
             decompress_executable(path.read_bytes())
             os.utime(path, (0, 0))
     except Exception as error:  # zlib and zstd have their own; other errors of reading pass
-        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        unknown = isinstance(error, OSError | ImportError)
+        return unknown and not isinstance(error, FileNotFoundError)
     return True
 
 
@@ -99,6 +101,15 @@ def compiler_options(*, once: bool = False) -> dict[str, str] | None:
     except jax.errors.JaxRuntimeError:  # another jaxlib, without these options
         return None
     return options
+
+
+@functools.cache
+def tell_of_bfloat16() -> None:
+    """Says, once, that a GPU such as Colab's T4 has none."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if re.fullmatch(r"[1-7]\.\d", capability):
+        told = "this GPU (compute capability %s) has no bfloat16: it computes in float32, no faster"
+        logging.warning(told, capability)
 
 
 def check_memory(compiled: jax.stages.Compiled) -> None:

@@ -332,6 +332,32 @@ def run_python(source: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+OTHER_XLA = """
+import logging, pathlib, sys, jax
+from imgcls import cpu
+from imgcls.cpu import ffi
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+known, ffi.api_version = ffi.api_version, lambda: (0, 99)
+try:
+    ffi.register("imgcls_test_refused", print)
+except jax.errors.JaxRuntimeError as error:
+    print("0.99" in str(error))
+ffi.api_version = known
+header = pathlib.Path(sys.argv[1], "xla/ffi/api/c_api.h")
+header.parent.mkdir(parents=True)
+header.write_text("#define XLA_FFI_API_MAJOR 1\\n\\n#define XLA_FFI_API_MINOR 0\\n")
+jax.ffi.include_dir = lambda: sys.argv[1]
+print("conv" in cpu.ops("float32"), jax.numpy.arange(4).sum())
+"""
+
+
+def test_another_interface_of_xla_means_plain_convolutions_and_one_line(tmp_path):
+    result = run_python(OTHER_XLA, tmp_path)
+    assert result.stdout.split() == ["True", "False", "6"], result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "plain XLA" in line]
+    assert "is 1.0, not 0.x" in line
+
+
 SETUP = """
 import sys, jax, numpy as np
 from imgcls import cpu
