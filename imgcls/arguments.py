@@ -55,8 +55,7 @@ def check_flags(argv: list[str], own: Iterable[str]) -> None:
 
 def describe(argv: list[str]) -> str:
     """For --help: a line per key of the config that is named, with its value and its meaning."""
-    config = from_arguments(argv)
-    if config is None:
+    if (config := from_arguments(argv)) is None:
         return "With --config=FILE, --help lists every key of that config."
     flat = flatten(config)
     lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in keys_of(flat).items()]

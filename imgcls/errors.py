@@ -46,9 +46,8 @@ class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
 
 
-ELSEWHERE = """path=data.dir data=data.dir data_dir=data.dir data_path=data.dir root=data.dir
-    lr=optim.learning_rate wd=optim.weight_decay optimizer=optim.name bs=train.batch_size
-    model=model.name arch=model.name dataset=data.name img_size=data.image_size"""
+ELSEWHERE = """path=data.dir data=data.dir data_dir=data.dir lr=optim.learning_rate model=model.name
+    bs=train.batch_size wd=optim.weight_decay optimizer=optim.name dataset=data.name"""
 SYNONYMS = dict(pair.split("=") for pair in ELSEWHERE.split())  # what keys are called elsewhere
 
 

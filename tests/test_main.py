@@ -101,7 +101,7 @@ main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean -
 @ --config.optim.schedule=cosin  |  must be one of constant, cosine
 imgcls evalute --workdir=run  |  did you mean evaluate?
 imgcls infer --workdir=run  |  it is one of train, evaluate, predict
-imgcls --workdir=run predict x.png  |  the command stands before the flags
+imgcls --workdir=run predict x.png  |  it is one of train, evaluate, predict
 imgcls evaluate run  |  did you mean --workdir=run?
 imgcls evaluate --workdir=rnu  |  rnu/config.json does not exist: did you mean run?
 imgcls evaluate --workdir=run --split=val  |  must be one of test, validation, train
