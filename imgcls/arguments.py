@@ -72,6 +72,5 @@ def define_harmless() -> None:
 
 def harmless() -> dict[str, Any]:
     """What was given of these flags, by key."""
-    names = {f"config.{key}": key for key in HARMLESS}
-    given = {names[name]: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
-    return {key: value for key, value in given.items() if value is not None}
+    known = [key for key in HARMLESS if f"config.{key}" in flags.FLAGS]
+    return {k: v for k in known if (v := flags.FLAGS[f"config.{k}"].value) is not None}

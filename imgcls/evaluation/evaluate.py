@@ -225,10 +225,10 @@ def open_other(classifier: Classifier, root: str) -> Split:
     if not any(known.values()):
         but = f"{', '.join(names[:20])}: its folders are {unknown or 'none'}"
         raise UserError(f"--data_dir={root} has no folder of pictures of the classes {but}")
-    if unknown:
-        logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
     if missing := ", ".join(name for name in names if not known[name]):
         logging.warning("%s has no pictures of %s", root, missing)
+    if unknown:
+        logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
     sources: Any = {"pictures": FolderSource(root, known, list(names), c.channels)}
     how: Any = {"image_size": tuple(c.image_size), "channels": c.channels, "resize": c.resize}
     (split,) = load_splits(sources, ["pictures"], **how, skip_bad=c.skip_bad)

@@ -41,8 +41,7 @@ class Classifier:
         """Probabilities float32[N, K] of one image (N is 1) or several, as decoded in training.
 
         An image is a path, a PIL image, or an array [h, w], [h, w, 1], [h, w, 3] or, with alpha,
-        [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file that cannot be
-        read, and ValueError for another array.
+        [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file, ValueError.
         """
         c, size = self.config.data, tuple(self.config.data.image_size)
         one = isinstance(images, str | os.PathLike | Image) or getattr(images, "ndim", 0) in (2, 3)

@@ -125,10 +125,10 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        name, near = error.flagname, meant(error.flagname, [f"--{k}" for k in sorted(own)])
-        trained = name.partition(".")[0] == "config" not in own
+        trained = (name := error.flagname).partition(".")[0] == "config" not in own
+        known = [f"--{k}" for k in sorted(own) if k.startswith("config.") or not trained]
         why = f"--{name} cannot be set after training" if trained else f"there is no flag --{name}"
-        raise UserError(f"{why}: {near}") from error
+        raise UserError(f"{why}: {meant(name, known)}") from error
     except flags.IllegalFlagValueError as error:
         name, value = re.findall("flag --(.+?)=(.*?): ", str(error), re.DOTALL)[0]
         parser = flags.FLAGS[name].parser
