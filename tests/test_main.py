@@ -67,7 +67,7 @@ main.py --config=nothing/like.it --workdir=w  |  is no file: there are --config=
 main.py --config=README.md --workdir=w  |  --config=README.md fails (SyntaxError: invalid
 main.py --config=main.py --workdir=w  |  fails (KeyError: 'get_config'): name a file with get_con
 main.py --config=configs/digits.py:resnet18 --workdir=w  |  digits.py offers no choice of a model
-main.py --config=configs/image_folder.py:vit --workdir=w  |  must be one of cnn
+main.py --config=configs/image_folder.py:lenet --workdir=w  |  must be one of cnn
 main.py --configs=configs/digits.py --workdir=w  |  --configs: did you mean --config?
 main.py —config=configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
 main.py --config=configs/digits.py --wrkdir=w  |  no flag --wrkdir: did you mean --workdir?
@@ -86,7 +86,7 @@ main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean -
 @ --config.augment.flip=1  |  --config.augment.flip_probability?
 @ --config.model.zzz=1  |  there are --config.model.name, --config.mod
 @ --config.train.epochs=5.5  |  epochs=5.5 must be an integer
-@ --config.train.batch_size=0  |  batch_size=0 must be a whole number from 1
+@ --config.train.accumulate_steps=0  |  steps=0 must be a whole number from 1
 @ --config.optim.learning_rate=0,1  |  =0,1 must be a number
 @ --config.optim.learning_rate=nan  |  learning_rate=nan must be
 @ --config.data.alternate_flip=yes  |  =yes must be true or false
