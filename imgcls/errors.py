@@ -69,9 +69,8 @@ def meant(name: str, known: Iterable[str]) -> str:
     near = [ends[last]] if last in ends else [ends[k] for k in ends if last and k.startswith(last)]
     near += [k for k in (SYNONYMS.get(last, ""),) if k in names]
     near += [ends[k] for k in get_close_matches(last, ends, 1, 0.7)]
-    shown = inside or [k for k in names if "." not in k] or names
-    listed = f"there are {', '.join(names[key] for key in shown)}"
-    return f"did you mean {names[near[0]]}?" if near else listed
+    listed = ", ".join(names[k] for k in inside or [k for k in names if "." not in k] or names)
+    return f"did you mean {names[near[0]]}?" if near else f"there are {listed}"
 
 
 def printable(text: str | os.PathLike[str]) -> str:
