@@ -92,7 +92,6 @@ def command(name: str) -> Any:
             from imgcls.tuning import sweep as module
         case _:
             near = did_you_mean(name, COMMANDS) or f"it is one of {', '.join(COMMANDS)}"
-            near = "the command stands before the flags" if name.startswith("-") else near
             raise UserError(f"there is no command {name!r}: {near}")
     return module
 

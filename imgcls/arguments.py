@@ -55,8 +55,7 @@ def check_flags(argv: list[str], own: Iterable[str]) -> None:
 
 def describe(argv: list[str]) -> str:
     """For --help: a line per key of the config that is named, with its value and its meaning."""
-    config = from_arguments(argv)
-    if config is None:
+    if (config := from_arguments(argv)) is None:
         return "With --config=FILE, --help lists every key of that config."
     flat = flatten(config)
     lines = [(f"  --config.{k}={flat[k]}", key.meaning) for k, key in keys_of(flat).items()]
@@ -73,6 +72,5 @@ def define_harmless() -> None:
 
 def harmless() -> dict[str, Any]:
     """What was given of these flags, by key."""
-    names = {f"config.{key}": key for key in HARMLESS}
-    given = {names[name]: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
-    return {key: value for key, value in given.items() if value is not None}
+    known = [key for key in HARMLESS if f"config.{key}" in flags.FLAGS]
+    return {k: v for k in known if (v := flags.FLAGS[f"config.{k}"].value) is not None}

@@ -4,7 +4,7 @@ Anything else that escapes is a defect of this project and keeps its traceback.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -46,16 +46,14 @@ class BadExampleError(UserError):
     """One example cannot be read. The loader collects these, to skip or to list them together."""
 
 
-ELSEWHERE = """path=data.dir data=data.dir data_dir=data.dir data_path=data.dir root=data.dir
-    lr=optim.learning_rate wd=optim.weight_decay optimizer=optim.name bs=train.batch_size
-    model=model.name arch=model.name dataset=data.name img_size=data.image_size"""
+ELSEWHERE = """path=data.dir data=data.dir data_dir=data.dir lr=optim.learning_rate model=model.name
+    bs=train.batch_size wd=optim.weight_decay optimizer=optim.name dataset=data.name"""
 SYNONYMS = dict(pair.split("=") for pair in ELSEWHERE.split())  # what keys are called elsewhere
 
 
-def did_you_mean(name: str, known: Iterable[str], shown: Iterable[object] = ()) -> str:
+def did_you_mean(name: str, known: Sequence[str], shown: Sequence[object] = ()) -> str:
     """ "did you mean X?" of the nearest of the known names, as it is `shown`; else empty."""
-    known = [*known]
-    folded = dict(zip(map(str.lower, known), [*shown] or known))
+    folded = dict(zip(map(str.lower, known), shown or known))
     near = get_close_matches(name.lower(), folded, 1)
     return f"did you mean {folded[near[0]]}?" if near else ""
 
@@ -71,7 +69,7 @@ def meant(name: str, known: Iterable[str]) -> str:
     near = [ends[last]] if last in ends else [ends[k] for k in ends if last and k.startswith(last)]
     near += [k for k in (SYNONYMS.get(last, ""),) if k in names]
     near += [ends[k] for k in get_close_matches(last, ends, 1, 0.7)]
-    listed = ", ".join(names[k] for k in inside or names if inside or "." not in k)
+    listed = ", ".join(names[k] for k in inside or [k for k in names if "." not in k] or names)
     return f"did you mean {names[near[0]]}?" if near else f"there are {listed}"
 
 

@@ -118,9 +118,9 @@ def train_and_evaluate(
             state, meta = train(run, state, meta, callback, epochs * exp.steps_per_epoch)
             if test and (int(state.step) == exp.total_steps or "stopped_early" in meta):
                 open_test(run, state, meta)
-                run_flag = shlex.quote(f"--workdir={workdir}")
                 say(f"open {workdir / 'report.html'}, or see what it says of your own pictures:")
-                say(f"python -m imgcls predict {run_flag} PICTURE_OR_FOLDER")
+                run_flag = shlex.quote(f"--workdir={workdir}")
+                say(f"python -m imgcls predict {run_flag} FILE_OR_FOLDER")
         except OSError as error:  # a full disk; checkpoints tell of theirs themselves
             raise CheckpointError(
                 f"{workdir} cannot be used ({error.strerror}); saved checkpoints are intact: "

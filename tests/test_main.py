@@ -45,7 +45,7 @@ def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
     scores, page, command = result.stdout.splitlines()[-3:]
     assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", scores)
     assert str(workdir / "report.html") in page and (workdir / "report.html").is_file()
-    typed = ["python", "-m", "imgcls", "predict", f"--workdir={workdir}", "PICTURE_OR_FOLDER"]
+    typed = ["python", "-m", "imgcls", "predict", f"--workdir={workdir}", "FILE_OR_FOLDER"]
     assert shlex.split(command) == typed
     again = run_main(*arguments)
     assert again.returncode == 0 and "already finished" in again.stdout
@@ -67,7 +67,7 @@ main.py --config=nothing/like.it --workdir=w  |  is no file: there are --config=
 main.py --config=README.md --workdir=w  |  --config=README.md fails (SyntaxError: invalid
 main.py --config=main.py --workdir=w  |  fails (KeyError: 'get_config'): name a file with get_con
 main.py --config=configs/digits.py:resnet18 --workdir=w  |  digits.py offers no choice of a model
-main.py --config=configs/image_folder.py:vit --workdir=w  |  must be one of cnn
+main.py --config=configs/image_folder.py:lenet --workdir=w  |  must be one of cnn
 main.py --configs=configs/digits.py --workdir=w  |  --configs: did you mean --config?
 main.py —config=configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
 main.py --config=configs/digits.py --wrkdir=w  |  no flag --wrkdir: did you mean --workdir?
@@ -86,14 +86,13 @@ main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean -
 @ --config.augment.flip=1  |  --config.augment.flip_probability?
 @ --config.model.zzz=1  |  there are --config.model.name, --config.mod
 @ --config.train.epochs=5.5  |  epochs=5.5 must be an integer
-@ --config.train.epochs=0  |  epochs=0 must be a whole number from 1
+@ --config.train.accumulate_steps=0  |  steps=0 must be a whole number from 1
 @ --config.optim.learning_rate=0,1  |  =0,1 must be a number
 @ --config.optim.learning_rate=nan  |  learning_rate=nan must be
 @ --config.data.alternate_flip=yes  |  =yes must be true or false
 @ --config.data.image_size=(8,8  |  must be a tuple such as (32,32)
 @ --config.data.image_size=8  |  must be (height, width)
 @ --config.data.name=mnits  |  did you mean mnist?
-@ --config.data.channels=3  |  set --config.data.mean, too
 @ --config.model.name=cnm  |  must be one of cnn, mlp
 @ --config.model.name=mlp  |  choose it with --config=FILE.py:mlp
 @ --config.model.dtype=bf16  |  must be one of float32, bfloat16
@@ -101,7 +100,7 @@ main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean -
 @ --config.optim.schedule=cosin  |  must be one of constant, cosine
 imgcls evalute --workdir=run  |  did you mean evaluate?
 imgcls infer --workdir=run  |  it is one of train, evaluate, predict
-imgcls --workdir=run predict x.png  |  the command stands before the flags
+imgcls --workdir=run predict x.png  |  it is one of train, evaluate, predict
 imgcls evaluate run  |  did you mean --workdir=run?
 imgcls evaluate --workdir=rnu  |  rnu/config.json does not exist: did you mean run?
 imgcls evaluate --workdir=run --split=val  |  must be one of test, validation, train
@@ -172,7 +171,7 @@ def test_paths_begin_at_home_and_keys_that_change_no_result_may_be_given(tmp_pat
 def test_other_keys_of_a_trained_run_are_refused_in_one_line(tmp_path):
     result = evaluate_kept(tmp_path, "--workdir=~/run", "--config.optim.learning_rate=1")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "learning_rate cannot be set after training, only --config.data" in result.stderr
+    assert "learning_rate cannot be set after training: there are --config.data" in result.stderr
 
 
 def run_in_process(monkeypatch, error):

@@ -196,8 +196,7 @@ def main(_: list[str]) -> None:
         classifier = load(workdir, checkpoint, calibrated=False)
         config, names = classifier.config, classifier.class_names
         if f.data_dir:
-            folder = "-".join(Path(f.data_dir).absolute().parts[-2:])
-            split = "on_" + re.sub(r"\W+", "-", folder).strip("-")
+            split = re.sub(r"\W+", "-", "on_" + "-".join(Path(f.data_dir).absolute().parts[-2:]))
             splits = {split: open_other(classifier, f.data_dir)}
         elif not config.data[split]:
             raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
@@ -210,9 +209,8 @@ def main(_: list[str]) -> None:
         except OSError as error:
             raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
         if f.data_dir and "confusion_matrix" in scores:
-            counts = np.array(scores["confusion_matrix"])
-            np.fill_diagonal(counts, 0)
-            most = [np.unravel_index(i, counts.shape) for i in counts.argsort(axis=None)[:-6:-1]]
+            counts = np.array(scores["confusion_matrix"]) * ~np.eye(len(names), dtype=bool)
+            most = [divmod(i, len(names)) for i in counts.argsort(axis=None)[:-6:-1].tolist()]
             pairs = [f"{names[i]} as {names[j]} {counts[i, j]}" for i, j in most if counts[i, j]]
             say(f"confused most: {', '.join(pairs) or 'none'}")
 
@@ -225,15 +223,12 @@ def open_other(classifier: Classifier, root: str) -> Split:
     known = {k: [os.path.relpath(path, root) for path in found.get(k, ())] for k in names}
     unknown = ", ".join(sorted(found.keys() - {*names}))
     if not any(known.values()):
-        classes = ", ".join(names[:20])
-        raise UserError(
-            f"--data_dir={root} has no folder of pictures of the classes {classes}: its folders "
-            f"are {unknown or 'none'}"
-        )
-    if unknown:
-        logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
+        but = f"{', '.join(names[:20])}: its folders are {unknown or 'none'}"
+        raise UserError(f"--data_dir={root} has no folder of pictures of the classes {but}")
     if missing := ", ".join(name for name in names if not known[name]):
         logging.warning("%s has no pictures of %s", root, missing)
+    if unknown:
+        logging.warning("%s has folders that are no class of this run, left out: %s", root, unknown)
     sources: Any = {"pictures": FolderSource(root, known, list(names), c.channels)}
     how: Any = {"image_size": tuple(c.image_size), "channels": c.channels, "resize": c.resize}
     (split,) = load_splits(sources, ["pictures"], **how, skip_bad=c.skip_bad)

@@ -41,17 +41,15 @@ class Classifier:
         """Probabilities float32[N, K] of one image (N is 1) or several, as decoded in training.
 
         An image is a path, a PIL image, or an array [h, w], [h, w, 1], [h, w, 3] or, with alpha,
-        [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file that cannot be
-        read, and ValueError for another array.
+        [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file, ValueError.
         """
         c, size = self.config.data, tuple(self.config.data.image_size)
         one = isinstance(images, str | os.PathLike | Image) or getattr(images, "ndim", 0) in (2, 3)
-        arrays = [as_array(x, channels=c.channels) for x in ([images] if one else images)]
-        fitted = np.empty((len(arrays), *size, c.channels), np.uint8)
-        for row, array in zip(fitted, arrays):
-            row[:] = fit_image(array, image_size=size, resize=c.resize)
+        arrays = (as_array(x, channels=c.channels) for x in ([images] if one else images))
+        fitted = [fit_image(array, image_size=size, resize=c.resize) for array in arrays]
+        parts = [np.array(fitted, np.uint8).reshape(-1, *size, c.channels)]
         labels = np.zeros(len(fitted), np.int32)
-        split = Split("images", [fitted], labels, range(len(fitted)), self.class_names)
+        split = Split("images", parts, labels, range(len(fitted)), self.class_names)
         logits = self.logits(split, quiet=True) / np.float32(self.temperature)
         return np.asarray(self.experiment.task.probabilities(logits))
 

@@ -7,10 +7,9 @@ Prints a line a picture with its likeliest classes. Folders are searched to any 
 of the names, without hidden files and those that are no pictures by their names. With --json a line
 is {"path", "predictions": [{"class", "probability"}, ...]}, the likeliest first, or {"path",
 "error"} for a file that cannot be read: these are named on stderr, the others are still predicted,
-and the exit code is 2. With --csv a row is path, class, probability, unsure, error, and a picture
-has --top of them. Pictures whose likeliest class is below --threshold are marked as unsure.
-Probabilities are calibrated where `evaluate` fitted a temperature on validation; with --raw they
-are the network's.
+and the exit code is 2. With --csv a picture has a row, or --top: path, class, probability, unsure,
+error. Pictures whose likeliest class is below --threshold are marked as unsure. Probabilities are
+calibrated where `evaluate` fitted a temperature on validation; with --raw they are the network's.
 """
 
 import csv

@@ -66,8 +66,8 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     try:
         module = command()
         others = set(flags.FLAGS) - {"debug", "workdir"}  # of the libraries
-        # A shell leaves the ~ of --name=~/path to the program.
         argv = re.sub("\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
+        # A shell leaves the ~ of --name=~/path to the program.
         argv = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in argv]
         module.define_flags()
         module.main(_parse(module, argv, set(flags.FLAGS) - others))
@@ -125,24 +125,23 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
     except UserError:
         raise
     except flags.UnrecognizedFlagError as error:
-        name, near = error.flagname, meant(error.flagname, [f"--{k}" for k in sorted(own)])
-        trained = name.partition(".")[0] == "config" not in own
+        trained = (name := error.flagname).partition(".")[0] == "config" not in own
+        known = [f"--{k}" for k in sorted(own) if k.startswith("config.") or not trained]
         why = f"--{name} cannot be set after training" if trained else f"there is no flag --{name}"
-        raise UserError(f"{why}: {near}") from error
+        raise UserError(f"{why}: {meant(name, known)}") from error
     except flags.IllegalFlagValueError as error:
         name, value = re.findall("flag --(.+?)=(.*?): ", str(error), re.DOTALL)[0]
         parser = flags.FLAGS[name].parser
         kinds = {"bool": "true or false", "tuple": "a tuple such as (32,32)"}
         kinds["string enum"] = f"one of {', '.join(getattr(parser, 'enum_values', ()))}"
-        wanted = parser.syntactic_help or kinds[parser.flag_type()]
+        wanted = parser.syntactic_help or kinds.get(parser.flag_type(), "another")
         raise UserError(f"--{name}={value} must be {wanted}") from error
     except Exception as error:  # of a flag or a key
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
         raise UserError(f"{text} (see --help)") from error
     for word in arguments if not hasattr(module, "POSITIONAL") else ():
-        plain, path = word.lstrip("-–— "), Path(word)
-        fits = {"config": path.suffix == ".py", "workdir": (path / "config.json").exists()}
-        fits["data_dir"] = path.is_dir()
+        run, plain = os.path.exists(f"{word}/config.json"), word.lstrip("-–— ")
+        fits = {"config": word.endswith(".py"), "workdir": run, "data_dir": os.path.isdir(word)}
         near = [plain] if "=" in plain else [f"{k}={word}" for k in fits if fits[k] and k in own]
         hint = f"did you mean --{near[0]}?" if near else "flags are --name=value"
         raise UserError(f"unexpected argument {word!r}: {hint}")

@@ -22,7 +22,6 @@ from imgcls.run.files import append_line, write_bytes
 
 # What each row of metrics.jsonl has beside the figures of the task.
 ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
-# What does not fit is cut off on the right.
 BAR = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
 
 
@@ -62,7 +61,7 @@ def drop(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
-    """Shows a progress bar on a terminal, and prints one line otherwise."""
+    """Shows a progress bar on a terminal, cut off on its right, and prints one line otherwise."""
     doing = printable(doing)
     if not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")

@@ -50,8 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
             return value
         raise ValueError("it is no JSON object")
     except (FileNotFoundError, NotADirectoryError):
-        beside = [*path.parent.glob(f"*/{path.name}"), *path.parents[1].glob(f"*/{path.name}")]
-        runs = [p.parent for p in beside]
+        runs = [p.parent for d in path.parents[:2] for p in d.glob(f"*/{path.name}")]
         near = did_you_mean(path.parent.name, [p.name for p in runs], runs)
         near = near or "--workdir must be the directory of a run"
         raise UserError(f"{path} does not exist: {near}") from None
