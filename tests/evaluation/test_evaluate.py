@@ -81,6 +81,15 @@ def test_mistakes_are_kept_for_the_report_and_contradicted_labels_for_their_owne
     assert {int(row["row"]) for row in rows} <= set(wrong)
 
 
+@pytest.mark.slow
+def test_labels_of_train_are_never_said_to_be_wrong(finished):
+    before = {path.name for path in finished.glob("label_issues*")}
+    result = evaluate(finished, "--split=train")
+    assert result.returncode == 0 and "contradicts" not in result.stdout
+    assert "label_issues" not in read(finished / "results_train_latest.json")
+    assert {path.name for path in finished.glob("label_issues*")} == before
+
+
 def test_the_test_split_again_gives_the_same_and_is_counted(finished):
     before = read(finished / "results.json")
     seals = lambda: (finished / "test_evaluations.jsonl").read_text().splitlines()
