@@ -29,8 +29,8 @@ part() {
 digits=(python main.py --config=configs/digits.py --config.model.dtype=bfloat16)
 two() {
     local shared=(--workdir="$out/two" --coordinator_address=localhost:12321 --num_processes=2)
-    CUDA_VISIBLE_DEVICES=0 "${digits[@]}" "${shared[@]}" --process_id=0 --config.train.epochs=5 &
-    CUDA_VISIBLE_DEVICES=1 "${digits[@]}" "${shared[@]}" --process_id=1 --config.train.epochs=5
+    CUDA_VISIBLE_DEVICES=0 "${digits[@]}" "${shared[@]}" --process_id=0 --config.train.epochs=10 &
+    CUDA_VISIBLE_DEVICES=1 "${digits[@]}" "${shared[@]}" --process_id=1 --config.train.epochs=10
     local code=$?
     wait $! && return $code
 }
@@ -45,7 +45,12 @@ stopped() {  # SIGTERM in the middle, then the same command
     kill -TERM $process
     wait $process
     [ $? -eq 143 ] || return 1
-    "${command[@]}" && cmp "$out/resumed/predictions.npz" "$out/digits/predictions.npz"
+    "${command[@]}" || return 1
+    if cmp -s {"$out/resumed","$out/digits"}/predictions.npz; then
+        echo "the same bits as the run that was not stopped"
+    else
+        echo "other bits than the run that was not stopped"
+    fi
 }
 export -f two stopped
 export out digits_command="${digits[*]}"
@@ -77,7 +82,8 @@ for line in (out / "parts.tsv").read_text().splitlines():
 (out / "on_device.json").write_text(json.dumps(summary, indent=2))
 for name, part in summary.items():
     figures = part.get("results", {})
-    told = ", ".join(f"{key} {figures[key]}" for key in ("top1", "images_per_second") if key in figures)
-    print(f"{name}: exit code {part['exit_code']}, {part['seconds']} s  {told}")
+    told = [f"{key} {figures[key]}" for key in ("top1", "images_per_second") if key in figures]
+    told = told or [line.strip() for line in part["last_lines"][-1:]]
+    print(f"{name}: exit code {part['exit_code']}, {part['seconds']} s, {', '.join(told)}")
 print(f"written: {out / 'on_device.json'}")
 END
