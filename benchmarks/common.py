@@ -102,6 +102,24 @@ class Worker:
         return json.loads(line) if line else {"error": f"exit code {self._process.wait()}"}
 
 
+def take_turns(
+    workers: dict[str, Worker], repetitions: int, **request: Any
+) -> tuple[dict[str, list[float]], float]:
+    """The seconds of each worker's turns, and the share of a core that the waiting ones used."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    idle = 0.0
+    for _ in range(repetitions):
+        for name, worker in workers.items():
+            others = [other for other in workers.values() if other is not worker]
+            before = sum(other.cpu_seconds() for other in others)
+            seconds[name].append(worker.ask(**request)["seconds"])
+            used = sum(other.cpu_seconds() for other in others) - before
+            idle = max(idle, used / seconds[name][-1])
+    for worker in workers.values():
+        worker.close()
+    return seconds, idle
+
+
 def serve(start: Callable[[], tuple[dict[str, Any], Callable[..., dict[str, Any]]]]) -> None:
     """The worker's end: `start` returns its first answer, and what answers each request."""
     answers = os.fdopen(os.dup(1), "w")

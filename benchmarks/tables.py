@@ -89,6 +89,22 @@ def train_step() -> str:
     return common.table(rows)
 
 
+def features() -> str:
+    columns = {
+        "float32 / PyTorch (aim 1.2; vit, convnext 0.9)": "float32, against PyTorch float32",
+        "bfloat16 / PyTorch (aim 0.9)": "bfloat16, against PyTorch bfloat16",
+    }
+    rows = [["network", "machine", "float32 images/s", "bfloat16 images/s", *columns]]
+    measured = (common.RESULTS / "features.json").exists()
+    for network, machine, part in _parts("features") if measured else ():
+        rates = [part["images_per_second"].get(f"imgcls-{d}") for d in ("float32", "bfloat16")]
+        ratios = [part["ratios"].get(key) for key in columns.values()]
+        cells = [f"{rate:.0f}" if rate else "" for rate in rates]
+        cells += [f"{ratio:.2f}" if ratio else "" for ratio in ratios]
+        rows.append([f"`{network}`", machine, *cells])
+    return common.table(rows)
+
+
 def around_the_step() -> str:
     """Evaluation, an epoch, a start, memory and augmentation: what runs around the bare step."""
 
@@ -214,7 +230,7 @@ def documents() -> dict[Path, dict[str, str]]:
         "cifar10_wide": "cifar10_wide",
         "mnist": "mnist",
     }
-    tables = (train_step, around_the_step, growth, accelerators, accuracy)
+    tables = (train_step, features, around_the_step, growth, accelerators, accuracy)
     return {
         common.ROOT / "README.md": {"results": results()},
         common.ROOT / "benchmarks/README.md": {table.__name__: table() for table in tables},

@@ -78,23 +78,9 @@ def measure(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if not workers:
         raise SystemExit("error: --contenders: none of them runs here, nothing is written")
     assert len(parameters) == 1, "the contenders do not compute the same network"
-    seconds = {name: [] for name in workers}
-    idle = 0.0  # the share of a core that the others use in somebody's turn
-    for _ in range(arguments.repetitions):
-        for name, worker in workers.items():
-            others = [other for other in workers.values() if other is not worker]
-            before = sum(other.cpu_seconds() for other in others)
-            seconds[name].append(worker.ask(count=arguments.steps)["seconds"])
-            used = sum(other.cpu_seconds() for other in others) - before
-            idle = max(idle, used / seconds[name][-1])
-    for worker in workers.values():
-        worker.close()
+    seconds, idle = common.take_turns(workers, arguments.repetitions, count=arguments.steps)
     rates = {name: images / statistics.median(s) for name, s in seconds.items()}
-    ratios = {}
-    for question, ours, kind, dtypes in QUESTIONS:
-        rivals = [r for n, r in rates.items() if n.startswith(kind) and n.endswith(dtypes)]
-        if ours in rates and rivals:
-            ratios[question] = rates[ours] / max(rivals)
+    ratios = ratios_of(rates)
     print_tables(rates, seconds, ratios, images)
     print(f"waiting contenders used at most {idle:.1%} of a core")
     return {
@@ -107,6 +93,16 @@ def measure(network: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "absent": absent,
         "waiting_cpu_share": idle,
     }
+
+
+def ratios_of(rates: dict[str, float]) -> dict[str, float]:
+    """The answers to QUESTIONS that rates by contender give."""
+    ratios = {}
+    for question, ours, kind, dtypes in QUESTIONS:
+        rivals = [r for n, r in rates.items() if n.startswith(kind) and n.endswith(dtypes)]
+        if ours in rates and rivals:
+            ratios[question] = rates[ours] / max(rivals)
+    return ratios
 
 
 def print_tables(rates: dict, seconds: dict, ratios: dict, images: int) -> None:

@@ -36,8 +36,8 @@ class ConvNeXt(nn.Module):
         how = {"dtype": self.dtype, "kernel_init": nn.initializers.truncated_normal(0.02)}
         conv, dense = partial(self.conv, **how), partial(self.dense, **how)
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist())
-        x = conv(self.widths[0], (4, 4), 4, "VALID", name="stem_0")(x)
-        x = norm(name="stem_1")(x)
+        gelu = lambda y: nn.gelu(y.astype(jnp.float32), approximate=False)
+        x = norm(name="stem_1")(conv(self.widths[0], (4, 4), 4, "VALID", name="stem_0")(x))
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             if stage:
                 x = norm(name=f"stages_{stage}_downsample_0")(x)
@@ -46,7 +46,7 @@ class ConvNeXt(nn.Module):
                 block, every = f"stages_{stage}_blocks_{i}", {"feature_group_count": width}
                 y = conv(width, (7, 7), **every, name=f"{block}_conv_dw")(x)
                 y = dense(4 * width, name=f"{block}_mlp_fc1")(norm(name=f"{block}_norm")(y))
-                y = dense(width, name=f"{block}_mlp_fc2")(nn.gelu(y, approximate=False))
+                y = dense(width, name=f"{block}_mlp_fc2")(gelu(y))
                 gamma = self.param(f"{block}_gamma", nn.initializers.constant(1e-6), (width,))
                 drop_path = nn.Dropout(next(rates), (1, 2, 3), deterministic=not train)
                 x = x + drop_path(y * gamma.astype(y.dtype))

@@ -38,7 +38,7 @@ class EfficientNetLite(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = partial(self.norm, not train, momentum=0.9, epsilon=1e-3, dtype=self.dtype)
 
-        def layer(x, width, kernel, name, bn, *, stride=1, groups=1):
+        def layer(x, width, kernel, name, bn, stride=1, groups=1):
             fan = "fan_out" if groups == 1 else "fan_in"
             how = {"kernel_init": nn.initializers.variance_scaling(2.0, fan, "normal")}
             how |= {"feature_group_count": groups, "use_bias": False, "dtype": self.dtype}
@@ -53,13 +53,11 @@ class EfficientNetLite(nn.Module):
             width = nearest + 8 * (nearest < 0.9 * width * wider)
             for i in range(count):
                 block, inner, y = f"blocks_{stage}_{i}", expansion * x.shape[-1], x
-                if expands := int(expansion > 1):
+                if widens := int(expansion > 1):
                     y = nn.relu6(layer(y, inner, 1, f"{block}_conv_pw", f"{block}_bn1"))
-                names = f"{block}_conv_dw", f"{block}_bn{1 + expands}"
-                step = 1 if i else stride
-                y = nn.relu6(layer(y, inner, kernel, *names, stride=step, groups=inner))
-                names = f"{block}_conv_pw{'l' * expands}", f"{block}_bn{2 + expands}"
-                y = layer(y, width, 1, *names)
+                names = f"{block}_conv_dw", f"{block}_bn{1 + widens}"
+                y = nn.relu6(layer(y, inner, kernel, *names, 1 if i else stride, inner))
+                y = layer(y, width, 1, f"{block}_conv_pw{'l' * widens}", f"{block}_bn{2 + widens}")
                 x = x + y if i else y
         x = nn.relu6(layer(x, 1280, 1, "conv_head", "bn2")).mean((1, 2))
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.astype(jnp.float32))

@@ -43,6 +43,7 @@ class ViT(nn.Module):
         width, side = self.width, (self.patch, self.patch)
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         dense = partial(self.dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        gelu = lambda y: nn.gelu(y.astype(jnp.float32), approximate=False)  # faster on CPUs
 
         def scaled(y, rate, name):
             if self.layer_scale:
@@ -64,7 +65,7 @@ class ViT(nn.Module):
             y = jax.nn.dot_product_attention(*heads).reshape(x.shape)
             x = x + scaled(dense(width, name=f"{block}_attn_proj")(y), rate, f"{block}_ls1_gamma")
             y = dense(4 * width, name=f"{block}_mlp_fc1")(norm(name=f"{block}_norm2")(x))
-            y = dense(width, name=f"{block}_mlp_fc2")(nn.gelu(y, approximate=False))
+            y = dense(width, name=f"{block}_mlp_fc2")(gelu(y))
             x = x + scaled(y, rate, f"{block}_ls2_gamma")
         tokens = 1 if self.class_token else x.shape[1]
         x = jax.lax.slice_in_dim(norm(name="norm")(x), 0, tokens, axis=1).mean(1)
