@@ -16,6 +16,7 @@ from imgcls.cpu import onednn
 from imgcls.cpu.conv import conv_general_dilated, why_unavailable
 from imgcls.errors import CheckpointError, Stopped, UserError
 from imgcls.experiment import Experiment, load_config
+from imgcls.inference.classifier import load
 from imgcls.run import machine, processes
 from imgcls.run.logs import MetricWriter, read_metrics
 from imgcls.train import train_and_evaluate
@@ -121,6 +122,7 @@ def test_a_run_that_patience_ended_is_finished(without_computing, top1, tmp_path
     train_and_evaluate(config, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["stopped_early"] == {"step": 10, "best_step": 5} and results["step"] == 5
+    assert load(tmp_path).meta["stopped_early"] == results["stopped_early"]
     capsys.readouterr()
     train_and_evaluate(config, tmp_path)
     assert "already finished" in capsys.readouterr().out and len(without_computing) == 10

@@ -107,6 +107,10 @@ def load(workdir: str | Path, checkpoint: str = "", *, calibrated: bool = True) 
     experiment = Experiment(config, class_names=meta["class_names"])
     experiment.keep_ops(meta["cpu_kernels"])
     state, meta = checkpoints.restore(which, experiment.state_target())
+    best, since = checkpoints.since_best()
+    total = config.train.epochs * (meta["train_examples"] // config.train.batch_size)
+    if 0 < config.train.patience <= since and checkpoints.validated_step < total:
+        meta["stopped_early"] = {"step": checkpoints.validated_step, "best_step": best}
     classifier = Classifier(experiment, state, meta)
     if calibrated:
         classifier.temperature = fitted_temperature(workdir, int(state.step))

@@ -188,7 +188,8 @@ class Checkpoints:
         named |= {str(step): step for step in steps}
         if which not in named:
             kind = CheckpointError if which.isdecimal() else UserError
-            raise kind(f"{self._directory} has no checkpoint {which}: there are {', '.join(named)}")
+            there = ", ".join(name for name, step in named.items() if step is not None)
+            raise kind(f"{self._directory} has no checkpoint {which}: there are {there}")
         if (step := named[which]) is None:
             raise CheckpointError(f"{self._directory}: no checkpoint was validated yet")
         return step
