@@ -27,6 +27,7 @@ from imgcls.state import TrainState
 
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
 HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
+RESIZES = ("squash", "crop", "squash-bicubic", "crop-bicubic")
 SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
 
 
@@ -68,6 +69,7 @@ def open_weights(name: str) -> Weights:
         with safetensors.safe_open(path, framework="flax") as file:  # numpy lacks bfloat16
             names = [name for name in file.offset_keys() if not UNUSED.search(name)]
             named = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+            metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
@@ -76,10 +78,8 @@ def open_weights(name: str) -> Weights:
         ) from error
     arrays = from_torch(named)
     # timm's vision transformers, but for DINOv2, and Lite have 0.5.
-    half = "conv_stem.weight" in named or (
-        "pos_embed" in named and "blocks.0.ls1.gamma" not in named
-    )
-    expects = _expected(path.with_name("config.json"), HALF if half else IMAGENET)
+    half = {"pos_embed", "conv_stem.weight"} & {*named} and "blocks.0.ls1.gamma" not in named
+    expects = _expected(path, metadata, HALF if half else IMAGENET)
     return Weights(arrays, facts, expects, fitting(arrays))
 
 
@@ -110,17 +110,18 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def _expected(path: Path, usual: dict[str, Any]) -> dict[str, Any]:
-    """What timm's config.json says of the images; `usual` where there is none."""
+def _expected(path: Path, metadata: dict[str, str], usual: dict[str, Any]) -> dict[str, Any]:
+    """What an own export, or timm's config.json beside a file, says of the images; else `usual`."""
     try:
-        told = json.loads(path.read_bytes())
-        told = told.get("pretrained_cfg", told)
-        found = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
-        bicubic = told.get("interpolation") == "bicubic"
+        told = json.loads(metadata.get("config") or path.with_name("config.json").read_bytes())
+        told = told.get("data") or told.get("pretrained_cfg", told)
+        usual = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
+        how = told.get("resize") or told.get("interpolation")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        say(f"there is no {path} of timm, which tells mean and deviation: the usual ones are taken")
-        found, bicubic = usual, usual is HALF
-    return found | {"data.resize": "squash-bicubic" if bicubic else "squash"}
+        say(f"{path} has no config.json beside it: the usual mean and deviation are taken")
+        how = "bicubic" if usual is HALF else ""
+    how = "squash-bicubic" if how == "bicubic" else how
+    return usual | {"data.resize": how if how in RESIZES else "squash"}
 
 
 def prepare(config: ConfigDict) -> tuple[ConfigDict, Weights]:

@@ -253,6 +253,9 @@ def test_how_images_were_prepared_is_taken_over_where_the_config_leaves_it(
 ):
     told = {"mean": [0.4], "std": [0.2], "interpolation": "bicubic"}
     exported.with_name("config.json").write_text(json.dumps(told))
+    of_its_own = open_weights(str(exported)).expects  # an export says what it was trained with
+    assert of_its_own == {"data.mean": (0.305,), "data.std": (0.376,), "data.resize": "squash"}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(exported), exported)
     config = small_config(model__init_from=str(exported))
     config.data.mean, config.data.resize = (), ""
     taken, _ = prepare(config)

@@ -40,23 +40,22 @@ def main(arguments: list[str]) -> None:
     try:
         with replacing(output) as file:  # refused, if it is, before the work
             classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint)
-            found = [*zip(paths, predict(classifier, paths, features=True))]
-            for _, error in found:
-                if isinstance(error, BadExampleError):
-                    complain(f"error: {error}")
-            good = [(path, row) for path, row in found if isinstance(row, np.ndarray)]
+            found = dict(zip(paths, predict(classifier, paths, features=True)))
+            good = {path: row for path, row in found.items() if isinstance(row, np.ndarray)}
+            for error in (row for row in found.values() if isinstance(row, BadExampleError)):
+                complain(f"error: {error}")
             if not good:
-                raise UserError("there is nothing to write: no file can be read, see above")
-            ids, features = [path for path, _ in good], np.stack([row for _, row in good])
+                raise UserError("there is nothing to write, because no file can be read: see above")
+            features = np.stack([*good.values()])
             if output.suffix == ".npz":
-                np.savez(file, ids=np.array(ids), features=features)
+                np.savez(file, ids=np.array([*good]), features=features)
             else:
                 from pyarrow import FixedSizeListArray, parquet, table
 
                 rows = FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
-                parquet.write_table(table({"ids": ids, "features": rows}), file)
+                parquet.write_table(table({"ids": [*good], "features": rows}), file)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from None
     say(f"{output}: {len(features)} x {features.shape[1]} features")
-    if bad := len(paths) - len(good):
-        raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")
+    if bad := len(found) - len(good):
+        raise UserError(f"{bad} of {len(found)} files cannot be read: see above")
