@@ -5,6 +5,7 @@
     train      train, or resume, and evaluate on the test split (also: python main.py)
     evaluate   how good a trained model is on a split of its data
     predict    what a trained model says about pictures
+    embed      features of pictures, for search and clustering
     report     report.html, written again from the files of a finished run
     compare    whether one run is better than another
     export     a trained model as one file for other programs
@@ -68,7 +69,8 @@ class Train:
             train_and_evaluate(f.config.copy_and_resolve_references(), workdir)
 
 
-COMMANDS = ("train", "evaluate", "predict", "report", "compare", "export", "profile", "sweep")
+COMMANDS = ("train", "evaluate", "predict", "embed", "report")
+COMMANDS += ("compare", "export", "profile", "sweep")
 
 
 def command(name: str) -> Any:
@@ -80,6 +82,8 @@ def command(name: str) -> Any:
             from imgcls.evaluation import evaluate as module
         case "predict":
             from imgcls.inference import predict as module
+        case "embed":
+            from imgcls.inference import embed as module
         case "report":
             from imgcls.evaluation import report as module
         case "compare":

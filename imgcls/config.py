@@ -110,7 +110,7 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
             raise UserError(f"config.{key}={flat[key]} needs a config.data.validation")
     if not flat["train.epochs"] and not flat["train.steps"]:
         raise UserError("config.train.epochs=0 must be at least 1 where config.train.steps=0")
-    for key in ("optim.warmup_epochs", "train.small_epochs"):
+    for key in ("optim.warmup_epochs", "train.small_epochs", "train.probe_epochs"):
         if flat["train.epochs"] and flat[key] > flat["train.epochs"]:
             raise UserError(
                 f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
@@ -125,6 +125,10 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
             raise UserError("config.train.small_epochs needs a config.train.small_image_size")
         if (name := flat["model.name"]) in ("mlp", "vit"):
             raise UserError(f"config.train.small_epochs must be 0: {name} is made for one size")
+        if flat["train.probe_epochs"] or not flat["optim.backbone_ratio"]:
+            raise UserError("config.train.small_epochs must be 0 where the last layer learns alone")
+    if flat["optim.layer_decay"] < 1 and flat["model.name"] in ("cnn", "mlp"):
+        raise UserError("config.optim.layer_decay must be 1: it is for vit, convnext and resnet")
     _check_model(flat)
 
 

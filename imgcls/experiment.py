@@ -22,7 +22,7 @@ from imgcls.data.opening import open_splits, resolve
 from imgcls.data.order import TrainOrder, eval_order
 from imgcls.data.splits import Split
 from imgcls.errors import UserError
-from imgcls.models import MODELS
+from imgcls.models import MODELS, head_of
 from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule
 from imgcls.parallel import make_mesh, put_batch, replicated
 from imgcls.run import machine
@@ -31,10 +31,13 @@ from imgcls.run.workdir import read_json
 from imgcls.state import TrainState, create_state
 from imgcls.steps import (
     Batch,
+    LastLayer,
     augment_batch,
     eval_step,
+    frozen_step,
     normalize,
     predict_step,
+    restarted_step,
     step_keys,
     train_step,
 )
@@ -51,6 +54,7 @@ class Experiment:
         ops: operations that the model takes in the place of Linen's, from `cpu.ops`. A resumed run
             keeps those that it began with (`keep_ops`).
         total_steps, steps_per_epoch, small_steps: small ones are the first, on smaller images.
+            In the first `frozen_steps` the last layer learns alone, from `features`.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Experiment:
             config, self._sources, self._opened = interruptibly(partial(resolve, config, splits))
             validate(config)
         self.config = config
+        self.features: Any = None  # set before frozen steps: `imgcls.features.kept_features`
         self.mesh = make_mesh()
         self.everywhere = replicated(self.mesh)
         self.ops = {} if config.model.cpu_kernels == "off" else cpu.ops(compute_dtype(config))
@@ -127,6 +132,11 @@ class Experiment:
     def small_steps(self) -> int:
         return round(self.config.train.small_epochs * self.steps_per_epoch)
 
+    @property
+    def frozen_steps(self) -> int:
+        share = self.config.train.probe_epochs * self.steps_per_epoch
+        return round(share) if self.config.optim.backbone_ratio else self.total_steps
+
     @functools.cached_property
     def task(self) -> Task:
         if self._task is not None:
@@ -171,6 +181,7 @@ class Experiment:
             learning_rate=o.learning_rate,
             warmup_steps=round(o.warmup_epochs * self.steps_per_epoch),
             total_steps=self.total_steps,
+            probe=(o.probe_learning_rate, self.frozen_steps),
         )
 
     @functools.cached_property
@@ -192,7 +203,11 @@ class Experiment:
         return resized(augment, tuple(self.config.train.small_image_size)) if small else augment
 
     def train_batch(self, step: int) -> Batch:
-        return put_batch(partial(self._read_train, step=step), self.order[step], self.mesh)
+        read: Callable = partial(self._read_train, step=step)
+        if self.features and step < self.frozen_steps:  # of whose views epochs take one each
+            view = step // self.steps_per_epoch % self.config.train.probe_views
+            read = lambda indices: {name: x[view, indices] for name, x in self.features.items()}
+        return put_batch(read, self.order[step], self.mesh)
 
     def _read_train(self, indices: np.ndarray, *, step: int) -> dict[str, np.ndarray]:
         batch = self.splits["train"].read(indices)
@@ -255,17 +270,25 @@ class Experiment:
         machine.check_memory(program)
         return partial(program, self.rng, sample)
 
-    def jit_train_step(self, *, small: bool = False) -> jax.stages.Wrapped:
+    def jit_train_step(self, *, small: bool = False, frozen: bool = False) -> jax.stages.Wrapped:
         """`train_step` as (state, batch, rng) -> (state, metrics). The state is donated.
 
-        `small`: the program of the first epochs, on smaller images.
+        `small`: the program of the first epochs, on smaller images. `frozen`: that of the last
+        layer, on features.
         """
-        c = self.config
+        c, begins = self.config, 0 if frozen else self.frozen_steps
+        step: Any = train_step
+        images: Any = {"model": self.model, "preprocess": self.preprocess}
+        if frozen:
+            layer = LastLayer(len(self.class_names), head_of(self.state_target().params))
+            images = {"model": layer, "preprocess": lambda features: features}
+            step = partial(frozen_step, layer=layer.layer)
+        elif begins:
+            step = partial(restarted_step, at=begins)
         step = partial(
-            train_step,
-            model=self.model,
-            tx=self.tx,
-            preprocess=self.preprocess,
+            step,
+            **images,
+            tx=build_optimizer(c, lambda count: self.schedule(begins + count)),
             augment=self.augmentation(small=small),
             task=self.task,
             ema_decay=c.optim.ema_decay,
@@ -274,11 +297,11 @@ class Experiment:
         )
         return self.jit(step, donate_argnums=0)
 
-    def compile_train_step(self, state: TrainState, *, small: bool = False) -> jax.stages.Compiled:
+    def compile_train_step(self, state: TrainState, **how: bool) -> jax.stages.Compiled:
         """`jit_train_step`, compiled for `state`: arrays, or their shapes with shardings."""
         with nn.intercept_methods(_refuse_constants):
-            step = self.jit_train_step(small=small)
-            lowered = step.lower(state, self.train_batch(0), self.rng)
+            batch = self.train_batch(0 if how.get("frozen") else self.frozen_steps)
+            lowered = self.jit_train_step(**how).lower(state, batch, self.rng)
         program = lowered.compile()
         machine.check_memory(program)
         return program
@@ -292,9 +315,9 @@ class Experiment:
         """`jit_eval_step`, compiled for batches of validation."""
         return self.jit_eval_step().lower(state, next(self.eval_batches("validation"))).compile()
 
-    def jit_predict_step(self) -> jax.stages.Wrapped:
-        """`predict_step` as (state, images) -> logits."""
-        return self.jit(partial(predict_step, model=self.model, preprocess=self.preprocess))
+    def jit_predict_step(self, step: Callable[..., Any] = predict_step) -> jax.stages.Wrapped:
+        """`predict_step`, or `features_step`, as (state, images) -> logits, or features."""
+        return self.jit(partial(step, model=self.model, preprocess=self.preprocess))
 
     def state_target(self) -> TrainState:
         """The shapes, dtypes and places of the arrays of the state."""
@@ -369,5 +392,7 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
         schedule,
         learning_rate=o.learning_rate,
         clip_norm=o.clip_norm,
+        backbone_ratio=o.backbone_ratio,
+        layer_decay=o.layer_decay,
         **own_values(config, "optim", OPTIMIZERS[o.name]),
     )

@@ -51,6 +51,9 @@ COUNT, COUNT_OR_ZERO = whole(1), whole(0)
 POSITIVE = Rule(float, lambda x: 0 < x < math.inf, "a number over 0")
 NOT_NEGATIVE = up_to(math.inf)
 FRACTION = Rule(float, lambda x: 0 <= x < 1, "a number of at least 0 and under 1")
+RESIZES = one_of(("squash", "crop", "squash-bicubic", "crop-bicubic", ""))
+RATIO = Rule(float, lambda x: x == -1 or 0 <= x <= 1, "a number from 0 to 1, or -1")
+SHARE = Rule(float, lambda x: 0 < x <= 1, "a number over 0, up to 1")
 FLAG = Rule(bool, lambda x: True, "True or False")
 MOST, LARGEST = 10**6, 10**4  # XLA ends the process where an array has 2**63 elements
 INTEGERS = f"integers from 1 to {MOST}, (,)"
@@ -78,7 +81,7 @@ KEYS = {
     "data.test": Key("test", SPLIT, "split string that is opened once, at the end"),
     "data.image_size": Key((32, 32), SIZE, "(height, width) of the input; (): by the pictures"),
     "data.channels": Key(3, Rule(int, lambda x: x in (1, 3), "1 or 3"), "1 (gray) or 3 (RGB)"),
-    "data.resize": Key("squash", one_of(("squash", "crop")), "the whole image, or crop its centre"),
+    "data.resize": Key("squash", RESIZES, "the whole image, or crop its centre"),
     "data.mean": Key((0.5, 0.5, 0.5), CHANNELS, "of training images in [0, 1]; (): measured"),
     "data.std": Key((0.25, 0.25, 0.25), DEVIATIONS, "their standard deviation; (): measured"),
     "data.skip_bad": Key(0, COUNT_OR_ZERO, "unreadable images that each split may have", True),
@@ -91,17 +94,25 @@ KEYS = {
     "model.name": Key("cnn", one_of(MODELS), "the architecture, which has keys of its own"),
     "model.dtype": Key("float32", one_of(("float32", "bfloat16")), "where the device has it"),
     "model.matmul_precision": Key("default", PRECISIONS, "of float32 products on GPUs and TPUs"),
+    "model.init_from": Key(
+        "", PATH, "start: a workdir, a .safetensors file, or timm/NAME of a hub"
+    ),
     "model.cpu_kernels": Key("auto", one_of(("auto", "off")), "fast ones on x86; off: XLA", True),
     "optim.name": Key("adamw", one_of(optim.OPTIMIZERS), "the optimiser, which has own keys"),
     "optim.learning_rate": Key(0.001, POSITIVE, "the peak, for a whole batch"),
     "optim.schedule": Key("cosine", one_of(optim.SCHEDULES), "after the warmup"),
     "optim.warmup_epochs": Key(0.0, NOT_NEGATIVE, "epochs of linear rise from 0"),
     "optim.clip_norm": Key(0.0, NOT_NEGATIVE, "bound on the gradient's global norm; 0: none"),
+    "optim.backbone_ratio": Key(1.0, RATIO, "learning rate of all but the last layer; 0: frozen"),
+    "optim.layer_decay": Key(1.0, SHARE, "learning rate of a block, relative to the next one's"),
+    "optim.probe_learning_rate": Key(0.001, POSITIVE, "the peak while the last layer learns alone"),
     "optim.ema_decay": Key(0.0, FRACTION, "of the average of parameters, per step; 0: none"),
     "train.batch_size": Key(128, COUNT_OR_ZERO, "images per step, on all devices together"),
     "train.accumulate_steps": Key(1, COUNT, "parts of a batch, computed (and normalised) in turn"),
     "train.epochs": Key(10, COUNT_OR_ZERO, "passes over the training examples; 0: by train.steps"),
     "train.steps": Key(0, COUNT_OR_ZERO, "of all epochs together, about, where those are 0"),
+    "train.probe_epochs": Key(0.0, NOT_NEGATIVE, "first epochs, which train the last layer alone"),
+    "train.probe_views": Key(1, COUNT, "of an image, the first as it is, to train that layer on"),
     "train.small_epochs": Key(0.0, NOT_NEGATIVE, "first epochs that train on smaller images"),
     "train.small_image_size": Key((), SIZE, "(height, width) in those epochs"),
     "train.log_every_steps": Key(0, COUNT_OR_ZERO, "0: 20, or 4 per short epoch", True),
@@ -117,6 +128,7 @@ HARMLESS = [key for key, entry in KEYS.items() if entry.harmless]
 # Values that leave a key open: the training pictures decide, see `data.opening.resolve`.
 OPEN: dict[str, Any] = {"data.image_size": (), "data.mean": (), "data.std": (), "model.widths": ()}
 OPEN |= {"train.batch_size": 0, "train.epochs": 0, "train.validate_every_epochs": 0}
+OPEN |= {"data.resize": "", "optim.backbone_ratio": -1.0}
 # What a component is given, and so is no key of a config.
 GIVEN = {"num_classes", "dtype", "parent", "name", "class_counts"}
 GIVEN |= {"conv", "dense", "norm", "pool", "act"}

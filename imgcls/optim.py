@@ -5,6 +5,7 @@ are read from its docstring.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from imgcls.models import head_of
 
 # a, b and c of Muon's iteration x <- x (a + b x'x + c (x'x)^2), and how many of them are enough
 # here (airbench94_muon has 3).
@@ -31,14 +34,19 @@ SCHEDULES = {
 
 
 def create_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int
+    name: str, *, learning_rate: float, warmup_steps: int, total_steps: int, probe: Any = (0.0, 0)
 ) -> optax.Schedule:
-    """Rises linearly from zero to `learning_rate` in `warmup_steps`, then follows `name`."""
-    after = SCHEDULES[name](learning_rate, max(total_steps - warmup_steps, 1))
-    if warmup_steps == 0:
+    """Rises linearly from zero to `learning_rate` in `warmup_steps`, then follows `name`.
+
+    Before that it follows `name` for a `probe`: from a learning rate, of a number of steps.
+    """
+    after = SCHEDULES[name](learning_rate, max(total_steps - probe[1] - warmup_steps, 1))
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        after = optax.join_schedules([warmup, after], [warmup_steps])
+    if not probe[1]:
         return after
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, after], [warmup_steps])
+    return optax.join_schedules([SCHEDULES[name](*probe), after], [probe[1]])
 
 
 def matrices_and_kernels(params: optax.Params) -> optax.Params:
@@ -182,6 +190,20 @@ def kernels_dense_and_biases(params: optax.Params) -> optax.Params:
     return unflatten_dict({path: label(path) for path in flat})
 
 
+def placed(updates: Any, *, backbone_ratio: float, layer_decay: float) -> Any:
+    """Updates times `backbone_ratio`, and times `layer_decay` for each block from the last one down
+    (arXiv 2106.08254); those of the last layer as they are."""
+    places, block = {}, r"(?:blocks|layer|stages)_?(\d+)(?:_(?:blocks_)?(\d+))?"
+    for name in updates:  # a downsampling goes with the block that follows it
+        stem = re.match("stem|patch|pos|cls|conv1|bn1|conv_stem", name)
+        found = re.match(block, name)
+        places[name] = tuple(map(int, found.groups("0"))) if found else (-1 if stem else 999,)
+    order = sorted({(-1,), *places.values(), (999,)})  # from the stem to the last norm
+    scales = {n: layer_decay ** (len(order) - 1 - order.index(places[n])) for n in updates}
+    scales = {n: backbone_ratio * scale for n, scale in scales.items()} | {head_of(updates): 1.0}
+    return {name: optax.tree.scale(scales[name], part) for name, part in updates.items()}
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": _sgd,
     "adamw": _adamw,
@@ -197,6 +219,8 @@ def create_optimizer(
     *,
     learning_rate: float,
     clip_norm: float = 0.0,
+    backbone_ratio: float = 1.0,
+    layer_decay: float = 1.0,
     **own: float,
 ) -> optax.GradientTransformation:
     """The optax chain: gradients clipped to the global norm `clip_norm` (0: never), then `name`.
@@ -206,10 +230,14 @@ def create_optimizer(
         schedule: learning rate by number of updates.
         learning_rate: its peak.
         clip_norm: as above.
+        backbone_ratio, layer_decay: see `placed`.
         own: the optimiser's keyword arguments.
     """
     optimizer = OPTIMIZERS[name]
     if "learning_rate" in inspect.signature(optimizer).parameters:
         own["learning_rate"] = learning_rate
     tx = optimizer(schedule, **own)
+    if (backbone_ratio, layer_decay) != (1, 1):
+        scale = partial(placed, backbone_ratio=backbone_ratio, layer_decay=layer_decay)
+        tx = optax.chain(tx, optax.stateless(lambda updates, _: scale(updates)))
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx

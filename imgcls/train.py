@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imgcls import config as configs
+from imgcls import pretrained
 from imgcls.data import record
 from imgcls.data.splits import Split
 from imgcls.data.summary import describe
@@ -24,6 +25,7 @@ from imgcls.errors import CheckpointError, DivergedError, UserError
 from imgcls.evaluation.evaluate import evaluate, is_evaluated
 from imgcls.evaluation.report import SAMPLES
 from imgcls.experiment import Experiment, load_config
+from imgcls.features import kept_features
 from imgcls.inference.classifier import Classifier
 from imgcls.parallel import is_main
 from imgcls.run import files, machine, processes, signals
@@ -100,16 +102,18 @@ def train_and_evaluate(
     processes.check_same(lambda: configs.flatten(facts) | {"config.data.dir": ""})
     configs.validate(config)
     with StopSignal() as stop, claim(workdir):
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints, weights = Checkpoints(workdir / "checkpoints"), None
         if checkpoints.steps():  # older ones are without a config
             saved = checkpoints.read_meta().get("config")
             began = configs.from_json(saved) if saved else load_config(workdir)
             config = configs.completed(config, configs.flatten(began))
             configs.check_resumable(began, config, workdir)
+        elif config.model.init_from:
+            config, weights = pretrained.prepare(config)
         exp = Experiment(config, task=task, splits=splits, test=test)
         config = exp.config
         run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))
-        state, meta = start_or_resume(run)
+        state, meta = start_or_resume(run, weights)
         meta["config"] = configs.to_json(config)
         epochs = min(until_epoch or config.train.epochs, config.train.epochs)
         try:
@@ -130,7 +134,7 @@ def train_and_evaluate(
         return state
 
 
-def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
+def start_or_resume(run: Run, weights: Any = None) -> tuple[TrainState, dict[str, Any]]:
     """The first or the last saved state, and `meta`: what is saved with it, in JSON types."""
     exp = run.exp
     splits = interruptibly(lambda: exp.splits)
@@ -177,6 +181,9 @@ def start_or_resume(run: Run) -> tuple[TrainState, dict[str, Any]]:
         meta["data"] = found
     else:
         state = interruptibly(interruptibly(exp.compile_init))
+        if weights:
+            state, meta["init_from"] = pretrained.take_over(state, weights, exp)
+    found += pretrained.told(meta)
     dtype, wanted = exp.model.dtype.name, exp.config.model.dtype
     if dtype != wanted:
         dtype += f" (no fast {wanted} on this CPU)"
@@ -272,26 +279,29 @@ def compile_steps(
 ) -> tuple[Callable[[int], jax.stages.Compiled], Any]:
     """The training step's program by number of the step, and that of validation, if there is any.
 
-    The program for images of full size is compiled in the background while small ones are used.
+    What follows small images, or the last layer alone, is compiled in the background meanwhile.
     """
     step = int(state.step)
+    phase = {"small": step < exp.small_steps, "frozen": step < exp.frozen_steps}
+    if phase["frozen"]:
+        exp.features = interruptibly(partial(kept_features, exp, state))
     shapes = jax.tree.map(  # the arrays themselves are soon donated
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     say("compiling ...")
-    started, small = time.perf_counter(), step < exp.small_steps
-    first = interruptibly(partial(exp.compile_train_step, shapes, small=small))
+    started, early = time.perf_counter(), max(exp.small_steps, exp.frozen_steps)
+    first = interruptibly(partial(exp.compile_train_step, shapes, **phase))
     validates = "validation" in exp.splits
     eval_step = interruptibly(partial(exp.compile_eval_step, shapes)) if validates else None
     say(f"compiled in {time.perf_counter() - started:.1f} s")
     signals.poll()
-    several = small and exp.small_steps < exp.total_steps
-    later: Future | None = in_thread(partial(exp.compile_train_step, shapes)) if several else None
+    several, full_step = step < early < exp.total_steps, partial(exp.compile_train_step, shapes)
+    later: Future | None = in_thread(full_step) if several else None
 
     def train_step(step: int) -> jax.stages.Compiled:
-        if later is not None and (later.done() or step >= exp.small_steps):
-            full_size = later.result()  # or its error, as soon as there is one
-            return first if step < exp.small_steps else full_size
+        if later is not None and (later.done() or step >= early):
+            full = later.result()  # or its error, as soon as there is one
+            return first if step < early else full
         return first
 
     return train_step, eval_step

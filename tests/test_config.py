@@ -23,7 +23,9 @@ BEFORE = json.loads((ROOT / "tests/fixtures/configs.json").read_text())
 MUON_ONLY = {"optim.adam_learning_rate"}
 MUON_SGD_ONLY = {"optim.dense_learning_rate", "optim.bias_learning_rate"}
 ADDED = {"task.name", "task.class_weights", "data.ignore", "data.group"}
-ADDED |= {"data.split_duplicates", "train.steps", "train.patience"}
+ADDED |= {"data.split_duplicates", "train.steps", "train.patience", "model.init_from"}
+ADDED |= {f"optim.{name}" for name in ("backbone_ratio", "layer_decay", "probe_learning_rate")}
+ADDED |= {"train.probe_epochs", "train.probe_views"}
 ADDED |= {f"augment.{name}" for name in ("crop_fraction", "erase_probability")}
 ADDED |= {f"augment.rand_augment_{name}" for name in ("magnitude", "layers")}
 # It is to be run to its end on two cores.

@@ -71,7 +71,7 @@ def load(
             if len(errors) == len(missing):
                 _skip(errors, skip_bad)
                 return decoded
-        _make_room(folder, math.prod(shape))
+        make_room(folder, math.prod(shape))
         with files.replacing(path) as file:
             with contextlib.suppress(OSError):  # not all file systems have permissions and locks
                 os.fchmod(file.fileno(), 0o600)
@@ -90,7 +90,7 @@ def load(
 def _read(path: Path, key: bytes, shape: tuple[int, ...]) -> Decoded | None:
     """The entry, its images mapped; None where there is none, or one that cannot be trusted.
 
-    It is locked against `_make_room` for as long as the images are mapped.
+    It is locked against `make_room` for as long as the images are mapped.
     """
     if not path.exists():
         return None
@@ -118,7 +118,7 @@ def _hash(key: bytes, file: BinaryIO, size: int) -> bytes:
     return state.digest()
 
 
-def _make_room(folder: Path, needed: int) -> None:
+def make_room(folder: Path, needed: int) -> None:
     """Deletes what killed writers left, then the least recently used entries over `CACHE_BYTES`.
 
     Leaves what a process is writing or has mapped, which is locked.

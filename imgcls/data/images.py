@@ -194,13 +194,15 @@ def fit_image(image: np.ndarray, *, image_size: tuple[int, int], resize: str) ->
     """Resizes uint8[h, w, c], with c of 1 or 3, to uint8[*image_size, c].
 
     An image of that size is returned as it is. "squash" keeps the whole image, whatever its
-    proportions; "crop" takes the largest centred part with those of `image_size`.
+    proportions; "crop" takes the largest centred part with those of `image_size`. They interpolate
+    bilinearly, or with "-bicubic" cubically.
     """
     channels = image.shape[2]
     if image.shape[:2] == tuple(image_size):
         return image
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    fit = ImageOps.fit if resize == "crop" else Image.Image.resize
-    # Pillow's BILINEAR widens when shrinking, so that nothing aliases. LANCZOS overshoots at edges.
-    picture = fit(picture, (image_size[1], image_size[0]), Image.Resampling.BILINEAR)
+    fit = ImageOps.fit if resize.startswith("crop") else Image.Image.resize
+    # Pillow's filters widen when shrinking, so that nothing aliases. LANCZOS overshoots at edges.
+    how = Image.Resampling.BICUBIC if resize.endswith("bicubic") else Image.Resampling.BILINEAR
+    picture = fit(picture, (image_size[1], image_size[0]), how)
     return np.asarray(picture).reshape(*image_size, channels)

@@ -39,7 +39,7 @@ def resolve(
     """A copy of the config whose training pictures decided `keys.OPEN`, and what was opened."""
     left, sources, opened = left_open(config), {} if splits else open_data(config), splits or {}
     size = opened["train"].parts[0].shape[1:3] if splits else _size(sources)
-    config = completed(config, {"data.image_size": size})
+    config = completed(config, {"data.image_size": size, "data.resize": "squash"})
     opened = opened or {"train": open_splits(config, "train", sources=sources)[0]}
     train, c = opened["train"], config.train
     batch = c.batch_size or min(BATCH, 1 << len(train).bit_length() - 1)
@@ -47,9 +47,11 @@ def resolve(
     epochs = c.epochs or max(round(c.steps / steps_per_epoch), 1)
     blocks = max(round(math.log2(min(config.data.image_size) / 4)), 1)  # to about 4x4
     found = {
+        "data.resize": config.data.resize,
         "data.image_size": config.data.image_size,
         **dict(zip(("data.mean", "data.std"), moments(train))),
         "model.widths": tuple(max(256 >> block, 16) for block in reversed(range(blocks))),
+        "optim.backbone_ratio": float(len(train) >= FEW),
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.validate_every_epochs": max(epochs // VALIDATIONS, 1),

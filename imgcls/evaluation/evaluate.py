@@ -124,7 +124,7 @@ def _told(classifier: Classifier, examples: Split, checkpoint: str) -> dict[str,
         "split": examples.name,
         "checkpoint": checkpoint,
         "step": step,
-        **{key: meta[key] for key in ("in_place_of", "data", "stopped_early") if key in meta},
+        **{key: meta[key] for key in TOLD if key in meta},
         "config": configs.chosen(config),
         "epochs": config.train.epochs,
         "seed": config.seed,
@@ -175,6 +175,7 @@ def _shifted(images: np.ndarray) -> list[np.ndarray]:
     return [view for part in parts for view in _mirrored(padded[:, part, part])]
 
 
+TOLD = ("in_place_of", "data", "init_from", "stopped_early")  # in the results, of a run's meta
 VIEWS = {"flip": _mirrored, "shifts": _shifted}
 
 

@@ -21,6 +21,7 @@ from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import progress
 from imgcls.state import TrainState
+from imgcls.steps import features_step
 
 
 class Classifier:
@@ -36,12 +37,14 @@ class Classifier:
         self.temperature = 1.0
         self.config, self.class_names = experiment.config, experiment.class_names
         self._predict = experiment.jit_predict_step()
+        self._features = experiment.jit_predict_step(features_step)
 
-    def __call__(self, images: Any) -> np.ndarray:
+    def __call__(self, images: Any, *, features: bool = False) -> np.ndarray:
         """Probabilities float32[N, K] of one image (N is 1) or several, as decoded in training.
 
         An image is a path, a PIL image, or an array [h, w], [h, w, 1], [h, w, 3] or, with alpha,
         [h, w, 4] of uint8 or of floats in [0, 1]. Raises BadExampleError for a file, ValueError.
+        With `features`, what the last layer is given: float32[N, D].
         """
         c, size = self.config.data, tuple(self.config.data.image_size)
         one = isinstance(images, str | os.PathLike | Image) or getattr(images, "ndim", 0) in (2, 3)
@@ -50,6 +53,8 @@ class Classifier:
         parts = [np.array(fitted, np.uint8).reshape(-1, *size, c.channels)]
         labels = np.zeros(len(fitted), np.int32)
         split = Split("images", parts, labels, range(len(fitted)), self.class_names)
+        if features:
+            return self.logits(split, quiet=True, step=self._features)
         logits = self.logits(split, quiet=True) / np.float32(self.temperature)
         return np.asarray(self.experiment.task.probabilities(logits))
 
@@ -60,6 +65,7 @@ class Classifier:
         views: Callable[[np.ndarray], list[np.ndarray]] = lambda images: [images],
         poll: Callable[[], None] = lambda: None,
         quiet: bool = False,
+        step: Callable[..., Any] | None = None,
     ) -> np.ndarray:
         """Logits float32[N, K] of a split's examples, in order.
 
@@ -68,22 +74,23 @@ class Classifier:
             views: uint8[B, H, W, C] -> several such views of the images, whose logits are averaged.
             poll: called before each batch; may raise to stop.
             quiet: show no progress.
+            step: in the place of `predict_step`.
         """
 
         def read(indices: np.ndarray) -> dict[str, np.ndarray]:
             return {str(i): x for i, x in enumerate(views(split.read(indices)["image"]))}
 
         batch_size = self.experiment.eval_batch_size(len(split))
-        rows: list[np.ndarray] = [np.zeros((0, len(self.class_names)), np.float32)]
+        rows, step = [np.zeros((0, len(self.class_names)), np.float32)], step or self._predict
         shown = (len(split), f"evaluating {split.name}", "images")
         with tqdm(disable=True) if quiet else progress(*shown) as bar:
             for indices in eval_order(len(split), batch_size=batch_size):
                 poll()
                 images = put_batch(read, indices, self.experiment.mesh).values()
-                logits = [np.asarray(self._predict(self.state, view)) for view in images]
+                logits = [np.asarray(step(self.state, view)) for view in images]
                 rows.append(np.asarray(sum(logits) / len(logits))[: int((indices >= 0).sum())])
                 bar.update(len(rows[-1]))
-        return np.concatenate(rows)
+        return np.concatenate(rows[1:] or rows)
 
 
 def load(workdir: str | Path, checkpoint: str = "", *, calibrated: bool = True) -> Classifier:

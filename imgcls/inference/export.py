@@ -8,8 +8,8 @@ size, for any N, to probabilities float32[N, K]; images of another type are refu
     stablehlo    for cpu, cuda and tpu: jax.export.deserialize(bytearray of the file).call(images)
     onnx         input "images", output "probabilities", class names in the metadata as JSON;
                  needs pip install -r requirements-onnx.txt
-    safetensors  the weights alone, named as in params.Conv_0.kernel; config, class names and
-                 temperature in the metadata as JSON
+    safetensors  the weights alone, for timm's load_state_dict where timm has the model, else named
+                 as in params.Conv_0.kernel; config, class names and temperature in the metadata
 
 Logits are divided by the temperature that `evaluate` fitted on validation, if it did; not with
 --raw.
@@ -38,6 +38,7 @@ from imgcls.data.splits import Split
 from imgcls.errors import ImgclsError, UserError
 from imgcls.experiment import build_model, open_splits
 from imgcls.inference.classifier import Classifier, load
+from imgcls.models.names import HEADS, from_torch, to_torch
 from imgcls.run import cli
 from imgcls.run.files import replacing
 from imgcls.run.logs import say
@@ -98,12 +99,15 @@ def to_safetensors(model: FloatModel) -> bytes:
     names = json.dumps(model.class_names)
     metadata = {"config": json.dumps(to_json(model.config)), "class_names": names}
     metadata["temperature"] = str(model.temperature)
-    return safetensors.numpy.save(flatten_dict(model.variables, sep="."), metadata)
+    arrays, name = flatten_dict(model.variables), model.config.model.name
+    named = {".".join(path): array for path, array in arrays.items()}
+    return safetensors.numpy.save(to_torch(arrays, name) if name in HEADS else named, metadata)
 
 
 def load_safetensors(path: Path, model: FloatModel) -> Callable[[np.ndarray], Any]:
-    variables = unflatten_dict(safetensors.numpy.load_file(path), sep=".")
-    return jax.jit(partial(model.apply, variables))
+    named = from_torch(safetensors.numpy.load_file(path))
+    paths = flatten_dict(model.variables)
+    return jax.jit(partial(model.apply, unflatten_dict({p: named["_".join(p[1:])] for p in paths})))
 
 
 FORMATS = {

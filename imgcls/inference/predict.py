@@ -59,8 +59,13 @@ def find_files(arguments: Iterable[str]) -> list[str]:
     return found
 
 
-def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | BadExampleError]:
-    """Of each file in turn, probabilities float32[K] or why there are none; reads by batches."""
+def predict(
+    classifier: Classifier, paths: list[str], **how: bool
+) -> Iterator[np.ndarray | BadExampleError]:
+    """Of each file in turn, its row of what the classifier gives, or why there is none.
+
+    Reads by batches; `how` is passed to the classifier.
+    """
     c, batch_size = classifier.config.data, classifier.config.eval.batch_size
 
     def read(path: str) -> np.ndarray | BadExampleError:
@@ -73,7 +78,7 @@ def predict(classifier: Classifier, paths: list[str]) -> Iterator[np.ndarray | B
     with ThreadPoolExecutor(machine.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
             images = list(executor.map(read, paths[start : start + batch_size]))
-            rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)]))
+            rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)], **how))
             for image in images:
                 yield next(rows) if isinstance(image, np.ndarray) else image
 

@@ -1,0 +1,209 @@
+"""Weights to start from, `config.model.init_from`: those of an own run, of a file, of a hub."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from imgcls import config as configs
+from imgcls.errors import UserError, first_line, printable
+from imgcls.experiment import Experiment
+from imgcls.inference.classifier import load
+from imgcls.models import head_of
+from imgcls.models.names import UNUSED, fitting, from_torch
+from imgcls.run import processes
+from imgcls.run.logs import say
+from imgcls.state import TrainState
+
+IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
+HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
+RESIZES = ("squash", "crop", "squash-bicubic", "crop-bicubic")
+SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
+
+
+class Weights(NamedTuple):
+    arrays: dict[str, np.ndarray]  # by names such as layer1_0_bn1_scale
+    facts: dict[str, Any]  # path, sha256 and, of a hub, revision
+    expects: dict[str, Any]  # values of config.data that they were trained with
+    fits: dict[str, Any]  # values of config.model that fit them
+    class_names: tuple[str, ...] = ()  # of an own run, whose last layer is for them
+
+
+def open_weights(name: str) -> Weights:
+    """Reads a workdir, a .safetensors file, or a model of huggingface.co.
+
+    Raises UserError where there is none, or where a file could run code.
+    """
+    path, facts = Path(os.path.expanduser(name)), dict[str, Any](path=name)
+    if path.is_dir():
+        run = load(path, calibrated=False)
+        variables = flatten_dict(jax.device_get(run.state.eval_variables))
+        arrays = {"_".join(path[1:]): array for path, array in variables.items()}
+        facts |= {"step": int(run.state.step), "sha256": digest(arrays)}
+        flat = configs.flatten(run.config)
+        expects = {key: flat[key] for key in (*IMAGENET, "data.resize")}
+        own = re.compile(r"data\.channels|model\.(?!init_from|dtype|cpu_kernels|matmul)")
+        fits = {key: value for key, value in flat.items() if own.match(key)}
+        return Weights(arrays, facts, expects, fits, run.class_names)
+    if path.suffix in (".pth", ".pt", ".bin", ".h5", ".ckpt", ".npz", ".msgpack"):
+        raise UserError(
+            f"{printable(name)} is not read, because it could run code: convert it where torch is "
+            f'installed, with python -c "import torch, safetensors.torch as s; {SAVE}"'
+        )
+    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.safetensors)", name):
+        path = _download(name)
+        facts["revision"] = path.parent.name
+    try:
+        with path.open("rb") as content:
+            facts["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+        with safetensors.safe_open(path, framework="flax") as file:  # numpy lacks bfloat16
+            names = [name for name in file.offset_keys() if not UNUSED.search(name)]
+            named = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"config.model.init_from={printable(name)} cannot be read ({why}): name a workdir, a "
+            ".safetensors file, or a model of huggingface.co such as timm/resnet18.a1_in1k"
+        ) from error
+    arrays = from_torch(named)
+    # timm's vision transformers, but for DINOv2, and Lite have 0.5.
+    half = {"pos_embed", "conv_stem.weight"} & {*named} and "blocks.0.ls1.gamma" not in named
+    expects = _expected(path, metadata, HALF if half else IMAGENET)
+    return Weights(arrays, facts, expects, fitting(arrays))
+
+
+def digest(arrays: dict[Any, Any]) -> str:
+    """SHA-256 of arrays and their names."""
+    state = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        state.update(f"{name} {array.dtype}{array.shape}\n".encode() + np.asarray(array).tobytes())
+    return state.hexdigest()
+
+
+def _download(name: str) -> Path:
+    """The file in huggingface_hub's cache, beside the model's config.json."""
+    try:
+        import huggingface_hub as hub
+
+        path = Path(hub.hf_hub_download(name, "model.safetensors"))
+        with contextlib.suppress(Exception):  # not every model has one
+            hub.hf_hub_download(name, "config.json")
+        return path
+    except Exception as error:  # whatever its HTTP client raises
+        missing = isinstance(error, ImportError)
+        why = "needs pip install -r requirements-hub.txt" if missing else first_line(error)
+        raise UserError(
+            f"config.model.init_from={name}: there is no such file or run here, and huggingface.co "
+            f"did not give it ({why}): check the name, or download model.safetensors and "
+            f"config.json of https://huggingface.co/{name}, and name the former"
+        ) from None
+
+
+def _expected(path: Path, metadata: dict[str, str], usual: dict[str, Any]) -> dict[str, Any]:
+    """What an own export, or timm's config.json beside a file, says of the images; else `usual`."""
+    try:
+        told = json.loads(metadata.get("config") or path.with_name("config.json").read_bytes())
+        told = told.get("data") or told.get("pretrained_cfg", told)
+        usual = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
+        how = told.get("resize") or told.get("interpolation")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        say(f"{path} has no config.json beside it: the usual mean and deviation are taken")
+        how = "bicubic" if usual is HALF else ""
+    how = "squash-bicubic" if how == "bicubic" else how
+    return usual | {"data.resize": how if how in RESIZES else "squash"}
+
+
+def prepare(config: ConfigDict) -> tuple[ConfigDict, Weights]:
+    """Opens the weights, whose mean, deviation and interpolation replace what the config leaves.
+
+    Raises UserError where they are not of this model; no data is needed to tell.
+    """
+    weights = open_weights(config.model.init_from)
+    processes.check_same(lambda: {"config.model.init_from": weights.facts["sha256"]})
+    left, config = configs.left_open(config), configs.completed(config, weights.expects)
+    for key, value in weights.expects.items():
+        own = configs.flatten(config)[key]
+        if key in left:
+            say(f"config.{key}={value}, as the weights expect")
+        elif own != value:
+            logging.warning("config.%s=%s, but the weights expect %s", key, own, value)
+    defaults = {key: entry.default for key, entry in configs.keys_of(config).items()}
+    like = Experiment(configs.completed(config, defaults), class_names=("", ""))
+    fit(weights, like.state_target(), like.config)
+    return config, weights
+
+
+def fit(weights: Weights, target: TrainState, config: ConfigDict) -> dict[Any, np.ndarray]:
+    """The arrays of all but the last layer, by their path in the variables of `target`.
+
+    Raises UserError that names arrays which are missing, left over, or of another shape.
+    """
+    leaves, head = flatten_dict(target.eval_variables), head_of(target.params)
+    paths = {"_".join(path[1:]): path for path in leaves if path[1] != head}
+    given = {n: a for n, a in weights.arrays.items() if n not in (f"{head}_kernel", f"{head}_bias")}
+    found, wrong = {}, []
+    for name in sorted(paths.keys() & given.keys()):
+        array, shape = given[name], leaves[paths[name]].shape
+        if name == "pos_embed" and array.shape != shape:
+            array = resample(array, shape[1], config.data.image_size)
+        if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
+            wrong.append(f"{name} is {list(array.shape)}, and {list(shape)} here")
+        found[paths[name]] = array
+    for names, told in ((paths.keys() - given, "missing"), (given.keys() - paths, "left over")):
+        wrong += [f"{len(names)} arrays are {told}, such as {min(names)}"] if names else []
+    if wrong:
+        flat = configs.flatten(config)
+        other = [f"config.{k}={v}" for k, v in sorted(weights.fits.items()) if flat.get(k) != v]
+        told = f"{weights.facts['path']} is not of this config.model: {'; '.join(wrong[-3:])}"
+        raise UserError(printable(f"{told}: set {', '.join(other)}?" if other else told))
+    return {path: array.reshape(leaves[path].shape) for path, array in found.items()}
+
+
+def resample(embedding: np.ndarray, tokens: int, image_size: tuple[int, int]) -> np.ndarray:
+    """Position embeddings [1, P + N * N, C], P of no place, as [1, tokens, C], a grid for an image.
+
+    Cubic with antialiasing, as in timm.
+    """
+    side = int(embedding.shape[1] ** 0.5)
+    first = embedding.shape[1] - side**2
+    height = round(((tokens - first) * image_size[0] / image_size[1]) ** 0.5)
+    size = (1, height, (tokens - first) // height, embedding.shape[2])
+    grid = jax.image.resize(embedding[:, first:].reshape(1, side, side, -1), size, "cubic")
+    return np.concatenate([embedding[:, :first], np.asarray(grid).reshape(1, -1, size[3])], axis=1)
+
+
+def take_over(
+    state: TrainState, weights: Weights, exp: Experiment
+) -> tuple[TrainState, dict[str, Any]]:
+    """A first state with these weights, and facts on them.
+
+    The last layer is theirs if they are of a run with the same classes; else it starts at zero.
+    """
+    keeps, arrays = weights.class_names == exp.class_names, fit(weights, state, exp.config)
+    for path, leaf in flatten_dict(state.eval_variables).items():
+        head = weights.arrays["_".join(path[1:])] if keeps else np.zeros(leaf.shape)
+        arrays[path] = jax.device_put(arrays.get(path, head).astype(leaf.dtype), leaf.sharding)
+    taken = unflatten_dict(arrays)
+    # Copies: one buffer under two names could not be donated.
+    ema = None if state.ema_params is None else jax.tree.map(jax.numpy.copy, taken["params"])
+    state = state.replace(**taken, ema_params=ema)
+    return state, weights.facts | {"last layer": "kept" if keeps else "new"}
+
+
+def told(meta: dict[str, Any]) -> list[str]:
+    """A line, which is said, too, of what a run started from; none if it began at random."""
+    facts = ", ".join(f"{key} {value}" for key, value in meta.get("init_from", {}).items())
+    if facts:
+        say(f"started from {facts}")
+    return [f"started from {facts}"] if facts else []
