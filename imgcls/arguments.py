@@ -1,5 +1,6 @@
 """The config on a command line: --config=FILE, and --config.KEY=VALUE."""
 
+import re
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,12 +44,14 @@ def check_flags(argv: list[str], own: Iterable[str]) -> None:
     """Raises UserError for a flag that is neither one of `own` nor a key of the config."""
     if (config := from_arguments(argv)) is None:
         return
-    given = dict(word.lstrip("-").partition("=")[::2] for word in argv if word.startswith("-"))
-    names = [k for k in ("model.name", "optim.name", "task.name") if f"config.{k}" in given]
-    validate((flat := flatten(config)) | {name: given[f"config.{name}"] for name in names})
+    given = dict(w.lstrip("-").partition("=")[::2] for w in argv if re.match("--?[a-zA-Z]", w))
+    flat, named = flatten(config), ("model.name", "optim.name", "task.name")
+    names = {k: given[f"config.{k}"] for k in named if f"config.{k}" in given}
+    if names != {k: flat.get(k) for k in names}:
+        validate(flat | names)
     keys = [f"config.{key}" for key in keys_of(flat)]
     for name in given:
-        if not {name, name.removeprefix("no")} & {"", *flags.FLAGS, *keys}:
+        if not {name, name.removeprefix("no")} & {*flags.FLAGS, *keys}:
             near = meant(name, [f"--{known}" for known in (*sorted(own), *keys)])
             raise UserError(f"there is no flag --{name}: {near}")
 

@@ -106,7 +106,7 @@ imgcls evaluate --workdir=rnu  |  rnu/config.json does not exist: did you mean r
 imgcls evaluate --workdir=run --split=val  |  must be one of test, validation, train
 imgcls evaluate --workdir=run --data=run  |  did you mean --data_dir?
 imgcls evaluate --workdir=run --config.data.path=x  |  did you mean --config.data.dir?
-imgcls evaluate --workdir=run --checkpoint=bset  |  no checkpoint bset: there are latest, best
+imgcls evaluate --workdir=run --checkpoint=bset  |  no checkpoint bset: there are latest
 imgcls predict --workdir=run  |  there is no file to predict
 imgcls predict --workdir=run rnu  |  rnu does not exist: did you mean run?
 imgcls predict --workdir=run --topk=3 run  |  did you mean --top?

@@ -188,13 +188,12 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    f, workdir = flags.FLAGS, cli.required_workdir()
-    split, checkpoint = f.split, f.checkpoint
+    f, workdir, split = flags.FLAGS, cli.required_workdir(), flags.FLAGS.split
     named = experiment.load_config(workdir).eval.checkpoint
-    official = split == "test" and checkpoint in ("", named) and not f.data_dir
+    official = split == "test" and f.checkpoint in ("", named) and not f.data_dir
     otherwise = "name a --split or --checkpoint whose results have a file of their own"
     with claim(workdir, otherwise) if official else contextlib.nullcontext():
-        classifier = load(workdir, checkpoint, calibrated=False)
+        classifier = load(workdir, f.checkpoint, calibrated=False)
         config, names = classifier.config, classifier.class_names
         if f.data_dir:
             split = re.sub(r"\W+", "-", "on_" + "-".join(Path(f.data_dir).absolute().parts[-2:]))
@@ -204,7 +203,7 @@ def main(_: list[str]) -> None:
         else:
             opened = [name for name in dict.fromkeys((split, "validation")) if config.data[name]]
             splits = dict(zip(opened, experiment.open_splits(config, *opened)))
-        goes_by = {"split": split, "checkpoint": checkpoint or named}
+        goes_by = {"split": split, "checkpoint": f.checkpoint or named}
         try:
             scores = evaluate(classifier, splits, workdir, **goes_by, tta=f.tta or "")
         except OSError as error:

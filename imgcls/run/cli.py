@@ -116,14 +116,12 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
         lines = [f"  --{flag.name}={flag.default}  {flag.help}" for flag in ours]
         say("\n".join([inspect.cleandoc(module.__doc__ or ""), "", *lines, more]))
         raise SystemExit(0)
+    if hasattr(module, "check_flags"):
+        module.check_flags(argv, own)
+    if hasattr(module, "GROUPS"):  # absl would drop a "--", and read no flag after it
+        argv = ["-" if word == "--" else word for word in argv]
     try:
-        if hasattr(module, "check_flags"):
-            module.check_flags(argv, own)
-        if hasattr(module, "GROUPS"):  # absl would drop a "--", and read no flag after it
-            argv = ["-" if word == "--" else word for word in argv]
         arguments = flags.FLAGS(argv)[1:]
-    except UserError:
-        raise
     except flags.UnrecognizedFlagError as error:
         trained = (name := error.flagname).partition(".")[0] == "config" not in own
         known = [f"--{k}" for k in sorted(own) if k.startswith("config.") or not trained]
