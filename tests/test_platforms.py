@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,10 @@ def test_the_notebook_s_first_cell_makes_colab_able(tmp_path):
     """Its command, on Colab's versions: digits are trained, and a dataset of TFDS is prepared."""
     if not os.environ.get("IMGCLS_COLAB"):
         pytest.skip("IMGCLS_COLAB=1 installs Colab's versions: minutes, and 3 GB that PyPI sends")
-    places = [*map(Path, os.environ["PATH"].split(":")), *Path.home().glob(".pyenv/versions/*/bin")]
-    pythons = [place / "python3.13" for place in places if (place / "python3.13").exists()]
-    if not pythons:
+    pythons = [Path(shutil.which("python3.13") or "python3.13")]
+    pythons += Path.home().glob(".pyenv/versions/3.13*/bin/python3.13")
+    runs = lambda python: subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    if not (pythons := [python for python in pythons if python.exists() and runs(python)]):
         pytest.skip("there is no python3.13")
     notebook = json.loads((ROOT / "image_classification.ipynb").read_text())
     cell = "".join(next(c["source"] for c in notebook["cells"] if c["cell_type"] == "code"))
