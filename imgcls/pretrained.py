@@ -27,7 +27,6 @@ from imgcls.state import TrainState
 
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
 HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
-RESIZES = ("squash", "crop", "squash-bicubic", "crop-bicubic")
 SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
 
 
@@ -121,7 +120,8 @@ def _expected(path: Path, metadata: dict[str, str], usual: dict[str, Any]) -> di
         say(f"{path} has no config.json beside it: the usual mean and deviation are taken")
         how = "bicubic" if usual is HALF else ""
     how = "squash-bicubic" if how == "bicubic" else how
-    return usual | {"data.resize": how if how in RESIZES else "squash"}
+    known = how and configs.KEYS["data.resize"].rule.accepts(how)
+    return usual | {"data.resize": how if known else "squash"}
 
 
 def prepare(config: ConfigDict) -> tuple[ConfigDict, Weights]:
