@@ -84,7 +84,6 @@ def test_loss_goes_to_zero_on_one_batch(model, fields):
 
 
 TINY_VIT = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "drop_path_rate": 0.5}
-TINY_CONVNEXT = {"widths": (8,), "depths": (2,), "drop_path_rate": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,6 @@ TINY_CONVNEXT = {"widths": (8,), "depths": (2,), "drop_path_rate": 0.5}
         pytest.param(PLAIN_CNN, id="plain"),
         pytest.param({"widths": (8,)}, id="batchnorm"),
         pytest.param({"model": "vit"} | TINY_VIT, id="vit", marks=pytest.mark.slow),
-        pytest.param({"model": "convnext"} | TINY_CONVNEXT, id="convnext", marks=pytest.mark.slow),
     ],
 )
 def test_one_device_equals_four(fields):

@@ -135,10 +135,10 @@ def _dot(graph: _Graph, eqn: JaxprEqn, x: Value, y: Value) -> str:
 
 
 def _slice(graph: _Graph, eqn: JaxprEqn, x: str) -> str:
-    if set(eqn.params["strides"] or ()) - {1}:  # older JAX says (1, 1, 1) for None
-        _require(eqn, strides=None)
-    starts = eqn.params["start_indices"]
-    return graph("Slice", x, starts, np.add(starts, _sizes(eqn.outvars[0], 2**62)))
+    starts, strides = eqn.params["start_indices"], eqn.params["strides"]
+    strides = strides or [1] * len(starts)
+    ends = np.add(starts, np.multiply(strides, _sizes(eqn.outvars[0], 2**31)))
+    return graph("Slice", x, starts, ends, range(len(starts)), strides)
 
 
 def _conv(graph: _Graph, eqn: JaxprEqn, x: str, kernel: np.ndarray) -> str:

@@ -129,7 +129,13 @@ def test_every_derivative_exists_and_the_operations_for_cpus_keep_it(name, few_s
     assert_close(*results, error=1e-3, least=1e-3)
 
 
-@pytest.mark.parametrize("name, fields", [("vit", {"depth": 2}), ("convnext", {"depths": (2,)})])
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        pytest.param("vit", {"depth": 2}, marks=pytest.mark.slow),
+        ("convnext", {"depths": (2,)}),
+    ],
+)
 def test_drop_path_leaves_out_whole_branches_of_an_image_or_doubles_them(name, fields):
     model = MODELS[name](3, **TINY[name] | fields, drop_path_rate=0.5)
     images = jnp.tile(jax.random.normal(jax.random.key(0), (1, 8, 8, 3)), (64, 1, 1, 1))
