@@ -28,8 +28,8 @@ FORMAT = 1  # raise when the features of the same weights and images would diffe
 def kept_features(exp: Experiment, state: TrainState) -> dict[str, Any]:
     """{"image": float32[V, N, D], "targets": float32[V, N, K]} of V views of N training images.
 
-    Computed, or from the cache: there they are by the arrays below the last layer, the images, the
-    config of model, augmentation and views, and what decides bits.
+    They are computed, or read from the cache. An entry is for the arrays below the last layer, the
+    images, the config of model, augmentation and views, and what decides bits.
     """
     if jax.process_count() > 1:  # one could find what another does not
         return _compute(exp, state)

@@ -155,7 +155,7 @@ def fit(weights: Weights, target: TrainState, config: ConfigDict) -> dict[Any, n
     found, wrong = {}, []
     for name in sorted(paths.keys() & given.keys()):
         array, shape = given[name], leaves[paths[name]].shape
-        if name == "pos_embed" and array.shape != shape:
+        if name == "pos_embed" and array.shape != shape and array.shape[2:] == shape[2:]:
             array = resample(array, shape[1], config.data.image_size)
         if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
             wrong.append(f"{name} is {list(array.shape)}, and {list(shape)} here")

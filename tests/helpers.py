@@ -128,6 +128,7 @@ def write_untrained_run(workdir: Path, config: ConfigDict, class_names: tuple[st
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", to_json(config))
     meta = {"class_names": class_names, "cpu_kernels": [], "seconds": 0.0, "train_seconds": 0.0}
+    meta["train_examples"] = examples
     checkpoints = Checkpoints(workdir / "checkpoints")
     checkpoints.save(0, state, meta)
     checkpoints.close()
