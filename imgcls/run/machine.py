@@ -23,7 +23,7 @@ from imgcls.run.files import cache_folder
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
 # Use YNNPACK for single matrix products only. XLA would also give it convolutions (2-4x slower than
-# Eigen) and fused products (2x slower in Muon).
+# Eigen) and fused products (2x slower in Muon, and NaN in bfloat16 with jaxlib 0.12).
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": "1"}  # in half the time
 CACHE_BYTES = 2 * 2**30  # of compiled programs; the least recently used go first
