@@ -170,7 +170,7 @@ def test_features_are_kept_for_the_same_weights_data_and_views(source, tmp_path)
     views.train.probe_views = 1
     assert computed(views)[1] == 1
     assert computed(views, scale=2.0)[1] == 1
-    views.data.train = "train[10:210]"
+    views.data.train = "train[300:500]"
     assert computed(views)[1] == 1
 
 
@@ -280,7 +280,7 @@ def test_blocks_learn_the_slower_the_earlier_they_are():
 @pytest.mark.slow
 def test_killed_and_started_again_without_the_file_it_is_the_undisturbed_run(exported, tmp_path):
     config = small_config(
-        model__init_from=str(exported), train__epochs=8, **(PROBE | {"train__probe_epochs": 4.0})
+        model__init_from=str(exported), train__epochs=4, **(PROBE | {"train__probe_epochs": 2.0})
     )
     run = lambda name: run_main(f"--workdir={tmp_path / name}", *arguments)
     arguments = ["--config=configs/digits.py", *flags_of(config)]
@@ -288,7 +288,7 @@ def test_killed_and_started_again_without_the_file_it_is_the_undisturbed_run(exp
     command = [sys.executable, "main.py", f"--workdir={tmp_path / 'killed'}", *arguments]
     quiet = {"cwd": ROOT, "env": as_users(), "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, **quiet) as process:
-        while not (tmp_path / "killed/checkpoints/10").exists():
+        while not (tmp_path / "killed/checkpoints/5").exists():
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.02)
         process.kill()
