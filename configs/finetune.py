@@ -1,6 +1,6 @@
 """One's own pictures, from a network that learned from others: 100 to 20,000 on a CPU in minutes.
 
-    python main.py --config=configs/finetune.py:resnet18 --config.data.dir=PATH \
+    python main.py --config=configs/finetune.py:resnet18 --config.data.dir=PATH \\
         --config.model.init_from=timm/resnet18.a1_in1k --workdir=runs/mine
 
 Folders are as for configs/image_folder.py. The weights are a .safetensors file, a model of
