@@ -48,6 +48,7 @@ def test_the_median_picture_chooses_the_size_and_the_size_the_depth(tmp_path, me
 
 
 def test_what_is_chosen_is_plain_valid_said_and_chosen_again(config, capsys):
+    config.data.resize, config.optim.backbone_ratio = "", -1.0  # left open by configs/finetune.py
     found, _, splits = resolve(config)
     said = capsys.readouterr().out
     assert left_open(config) == sorted(OPEN, key=[*flatten(config)].index) and not left_open(found)
