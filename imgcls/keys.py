@@ -74,7 +74,7 @@ SPLIT = Rule(str, bool, "a TFDS split string such as train[:90%]")
 
 KEYS = {
     "seed": Key(0, SEED, "of all randomness and of the order of examples"),
-    "data.name": Key("digits", NAME, "digits, image_folder, table, or any TFDS dataset"),
+    "data.name": Key("digits", NAME, "digits, image_folder, table, hf:NAME, or any TFDS dataset"),
     "data.dir": Key("", PATH, "folder or table of images; TFDS's (empty: TFDS_DATA_DIR)", True),
     "data.train": Key("train", SPLIT, "split string of the training examples"),
     "data.validation": Key("", TEXT, "split string to make choices on; empty: none"),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from imgcls.data.digits import open_digits
 from imgcls.data.folder import open_folder
+from imgcls.data.hub import open_hub
 from imgcls.data.table import open_table
 
 
@@ -43,8 +44,8 @@ def open_sources(
     """Opens every split of a dataset: "train", usually "test", and "validation" if it has one.
 
     Args:
-        name: a key of `SOURCES`; anything else is a TFDS dataset, which TFDS downloads on first
-            use: "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
+        name: a key of `SOURCES`, or "hf:NAME", see `open_hub`; anything else is a TFDS dataset,
+            which TFDS downloads on first use: "mnist", "cifar10:3.0.2", "cifar10_corrupted/fog_3".
         data_dir: the folder of images, the table's file, or where TFDS keeps its datasets (None:
             the variable TFDS_DATA_DIR, else ~/tensorflow_datasets).
         channels: 1 (gray) or 3 (RGB), of every decoded image.
@@ -55,6 +56,8 @@ def open_sources(
     """
     if name in SOURCES:
         return SOURCES[name](data_dir=data_dir, channels=channels, **options)
+    if name.startswith("hf:"):
+        return open_hub(name.removeprefix("hf:"), data_dir=data_dir, channels=channels)
     from imgcls.data.tfds import open_tfds  # an import of half a second
 
     return open_tfds(name, data_dir=data_dir, channels=channels, others=tuple(SOURCES))
