@@ -36,7 +36,7 @@ def random_split(config, examples=4, classes=10):
     return Split("random", [images], labels, [str(i) for i in range(examples)], names)
 
 
-QUICK = ("cifar10", "digits", "image_folder")  # what the others differ in is checked with them
+QUICK = ("cifar10", "digits")  # what the others differ in is checked with them
 
 
 @pytest.mark.parametrize(

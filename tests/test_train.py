@@ -149,6 +149,7 @@ def test_another_config_is_refused_before_any_work(uninterrupted):
         train_and_evaluate(small_config(**EVERYTHING | {"train__batch_size": 20}), workdir)
 
 
+@pytest.mark.slow
 def test_more_epochs_with_a_constant_schedule_equal_a_longer_run(tmp_path):
     config = lambda epochs: small_config(optim__schedule="constant", train__epochs=epochs)
     train_and_evaluate(config(1), tmp_path / "longer")

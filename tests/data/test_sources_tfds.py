@@ -336,6 +336,7 @@ def test_a_picture_is_decoded_when_it_is_asked_for(prepared, monkeypatch):
         assert len(decoded) == count
 
 
+@pytest.mark.slow
 def test_two_processes_convert_tfrecord_once_whatever_a_killed_one_left(copy, prepared):
     root = copy("tiny_tfrecord")
     directory = root / "tiny_tfrecord/1.0.0"

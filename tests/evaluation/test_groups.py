@@ -133,6 +133,7 @@ def test_what_is_no_two_groups_of_one_config_each_is_refused(groups, tmp_path):
         read_groups(a, [other])
 
 
+@pytest.mark.slow
 def test_the_command_divides_its_arguments_at_two_dashes(groups, tmp_path):
     command = [sys.executable, "-m", "imgcls", "compare", *map(str, groups[0]), "--"]
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
