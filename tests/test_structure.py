@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import ROOT
 
 # Lines.
-MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PACKAGE = 400, 80, 80, 11300
+MAX_FILE, MAX_FUNCTION, MAX_TRAIN, MAX_PACKAGE = 400, 80, 80, 11350
 # Who may not import whom: modules or packages of imgcls.
 FORBIDDEN = {
     "models steps task state optim augment": "run",
