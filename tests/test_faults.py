@@ -196,6 +196,7 @@ def test_two_runs_in_one_workdir(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_only_damaged_checkpoints_are_an_error_of_the_command(whole_run, tmp_path):
     config = small_config(**LONGER)
     shutil.copytree(whole_run, tmp_path / "run")

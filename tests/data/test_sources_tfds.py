@@ -356,6 +356,7 @@ def test_two_processes_convert_tfrecord_once_whatever_a_killed_one_left(copy, pr
     assert len(list(directory.glob("*.tfrecord*"))) == 4  # TFDS's own reader still has them
 
 
+@pytest.mark.slow
 def test_a_damaged_tfrecord_is_named_and_stays_unconverted(copy):
     root = copy("tiny_tfrecord")
     shard = sorted((root / "tiny_tfrecord/1.0.0").glob("*train*"))[1]

@@ -138,6 +138,7 @@ def test_an_evaluation_elsewhere_keeps_the_training_s_device_and_commit(finished
     assert all(after[key] == before[key] for key in elsewhere)
 
 
+@pytest.mark.slow
 def test_official_results_are_not_written_beside_a_run_at_work(finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}

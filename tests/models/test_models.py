@@ -105,7 +105,7 @@ def test_bfloat16_computes_what_float32_does(name, few_stages):
     assert (a != b).any()  # it really computes in another precision
 
 
-QUICK = ("cnn", "mlp", "resnet")
+QUICK = ("mlp", "resnet")
 
 
 @pytest.mark.parametrize(
