@@ -38,8 +38,10 @@ def resolve(
 ) -> tuple[ConfigDict, Sources, dict[str, Split]]:
     """A copy of the config whose training pictures decided `keys.OPEN`, and what was opened."""
     left, sources, opened = left_open(config), {} if splits else open_data(config), splits or {}
-    size = opened["train"].parts[0].shape[1:3] if splits else _size(sources)
-    config = completed(config, {"data.image_size": size, "data.resize": "squash"})
+    config = completed(config, {"data.resize": "squash"})
+    if "data.image_size" in left:
+        size = opened["train"].parts[0].shape[1:3] if splits else _size(sources)
+        config = completed(config, {"data.image_size": size})
     opened = opened or {"train": open_splits(config, "train", sources=sources)[0]}
     train, c = opened["train"], config.train
     batch = c.batch_size or min(BATCH, 1 << len(train).bit_length() - 1)
@@ -49,13 +51,14 @@ def resolve(
     found = {
         "data.resize": config.data.resize,
         "data.image_size": config.data.image_size,
-        **dict(zip(("data.mean", "data.std"), moments(train))),
         "model.widths": tuple(max(256 >> block, 16) for block in reversed(range(blocks))),
         "optim.backbone_ratio": float(len(train) >= FEW),
         "train.batch_size": batch,
         "train.epochs": epochs,
         "train.validate_every_epochs": max(epochs // VALIDATIONS, 1),
     }
+    if {"data.mean", "data.std"} & {*left}:
+        found |= zip(("data.mean", "data.std"), moments(train))
     shown = " ".join(f"{key}={found[key]}" for key in left)
     say(f"chosen by {len(train):,} training pictures, where no --config.KEY=VALUE does: {shown}")
     if "train.epochs" in left and len(train) < FEW:
