@@ -131,7 +131,7 @@ OPEN |= {"train.batch_size": 0, "train.epochs": 0, "train.validate_every_epochs"
 OPEN |= {"data.resize": "", "optim.backbone_ratio": -1.0}
 # What a component is given, and so is no key of a config.
 GIVEN = {"num_classes", "dtype", "parent", "name", "class_counts"}
-GIVEN |= {"conv", "dense", "norm", "pool", "act"}
+GIVEN |= {"conv", "dense", "norm", "pool", "act", "over_images"}
 # Rules of components' own keys. The type of its default decides about any other.
 OWN_RULES = {
     "model.dropout_rate": FRACTION,

@@ -56,6 +56,11 @@ def gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
 
 
+def one_by_one(function: Callable) -> Callable:
+    """`jax.vmap` for attention: the scores of one image at a time stay in the cache."""
+    return functools.partial(jax.lax.map, lambda x: function(x.astype(jnp.float32)).astype(x.dtype))
+
+
 def channel_sums(*arrays: jax.Array) -> list[jax.Array]:
     """Sums of each of two or more arrays [B, ..., C] over all axes but the last: float32[C].
 

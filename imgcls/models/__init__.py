@@ -3,7 +3,8 @@
 A model is built as `MODELS[name](num_classes=..., **fields)` and called as
 `model(images, train=...)`: normalised images [B, H, W, C] -> logits float32 [B, K].
 
-Its operations are fields, too, of conv, dense, norm, pool (2x2 maximum) and act those it uses.
+Its operations are fields, too, of conv, dense, norm, pool (2x2 maximum), act and
+over_images (vmap) those it uses.
 """
 
 from typing import Any

@@ -37,6 +37,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     conv: Callable = nn.Conv
     dense: Callable = nn.Dense
+    over_images: Callable = jax.vmap
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -44,6 +45,11 @@ class ViT(nn.Module):
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         dense = partial(self.dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         gelu = lambda y: nn.gelu(y.astype(jnp.float32), approximate=False)  # faster on CPUs
+
+        def attend(y):  # one image's queries, keys and values: [tokens, 3 * width]
+            y, n = y.reshape(y.shape[0], 3 * self.heads, -1), self.heads
+            parts = (jax.lax.slice_in_dim(y, i * n, (i + 1) * n, axis=1) for i in range(3))
+            return jax.nn.dot_product_attention(*parts).reshape(-1, width)
 
         def scaled(y, rate, name):
             if self.layer_scale:
@@ -60,10 +66,8 @@ class ViT(nn.Module):
         for i, rate in enumerate(np.linspace(0, self.drop_path_rate, self.depth).tolist()):
             block = f"blocks_{i}"
             y = dense(3 * width, name=f"{block}_attn_qkv")(norm(name=f"{block}_norm1")(x))
-            parts = (jax.lax.slice_in_dim(y, j * width, (j + 1) * width, axis=2) for j in range(3))
-            heads = (part.reshape(*x.shape[:2], self.heads, -1) for part in parts)
-            y = jax.nn.dot_product_attention(*heads).reshape(x.shape)
-            x = x + scaled(dense(width, name=f"{block}_attn_proj")(y), rate, f"{block}_ls1_gamma")
+            y = dense(width, name=f"{block}_attn_proj")(self.over_images(attend)(y))
+            x = x + scaled(y, rate, f"{block}_ls1_gamma")
             y = dense(4 * width, name=f"{block}_mlp_fc1")(norm(name=f"{block}_norm2")(x))
             y = dense(width, name=f"{block}_mlp_fc2")(gelu(y))
             x = x + scaled(y, rate, f"{block}_ls2_gamma")

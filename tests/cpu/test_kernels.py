@@ -175,12 +175,14 @@ def modes(function, args, moves, names=None):
 
 POOL = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
 NORMS = layers.BatchNorm, nn.BatchNorm
+ATTEND = lambda x: jax.nn.dot_product_attention(x, x[::-1], 2 * x)
 LAYERS = {  # ours and Linen's
     "conv": [nn.Conv(8, (3, 3), conv_general_dilated=f) for f in (conv_general_dilated, None)],
     "dense": [nn.Dense(8, dot_general=f) for f in (conv.dot_general, None)],
     "norm": [norm(use_running_average=False, momentum=0.5) for norm in NORMS],
     "pool": [nn.Sequential([f]) for f in (layers.max_pool, POOL)],
     "act": [nn.Sequential([f]) for f in (layers.gelu, nn.gelu)],
+    "over_images": [nn.Sequential([f(ATTEND)]) for f in (layers.one_by_one, jax.vmap)],
 }
 
 
@@ -427,9 +429,8 @@ def test_unavailable_says_why_and_never_raises(monkeypatch):
 def test_without_onednn_the_other_operations_stay(monkeypatch, caplog):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     caplog.set_level("INFO")
-    assert (
-        set(cpu.ops("float32")) == {"conv", "dense", "norm", "pool", "act"} and not caplog.records
-    )
+    plain = {"norm", "pool", "act", "over_images"}
+    assert set(cpu.ops("float32")) == plain | {"conv", "dense"} and not caplog.records
     monkeypatch.setattr(cpu, "why_unavailable", lambda dtype: "no library")
-    assert set(cpu.ops("float32")) == {"norm", "pool", "act"}
+    assert set(cpu.ops("float32")) == plain
     assert caplog.messages == ["convolutions run on plain XLA: no library"]
