@@ -6,6 +6,7 @@ import io
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,10 +21,8 @@ from imgcls.errors import BadExampleError, printable
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM"]
 NAMES = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, JPEG 2000 or PNM"
 # How the names of pictures end. A phone's MPO and a browser's JFIF are JPEGs.
-ENDINGS = (
-    "jpg jpeg jpe jfif mpo png apng webp bmp dib gif tif tiff avif jp2 j2k jpx ppm pgm pbm pnm"
-)
-ENDINGS += " heic heif hif"
+ENDINGS = "jpg jpeg jpe jif jfif mpo png apng webp bmp dib gif tif tiff avif jp2 j2k j2c jpc jpx"
+ENDINGS += " jpf ppm pgm pbm pnm heic heif hif"
 MAX_PIXELS = 100_000_000  # checked when only the header has been read
 # Larger pictures are halved, and decoded one at a time, because 100 megapixels need up to 1.3 GB.
 # One of 25 needs 0.2 GB, or 0.6 GB if it is transparent, in each thread.
@@ -40,12 +39,13 @@ with contextlib.suppress(ImportError):
     FORMATS.append("HEIF")
     DECODER += f", pillow-heif {pillow_heif.__version__}"
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # we have our own limit
 _large = threading.Lock()
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of a JPEG, with a length, or its end
 _HEIC = re.compile(rb".{4}ftyp.{0,56}he[iv][cmsx]", re.DOTALL)
 # Of no pictures. Dots stand within names, too: "Dr. Who", "photo.0001", "photo.jpg!d".
 _OTHER = re.compile(
-    rf"readme|licen[cs]e|copying|notice|manifest|"
+    rf"readme|licen[cs]e|copying|notice|manifest|.*@syno.*|"
     rf".*\.(?!(?:{ENDINGS.replace(' ', '|')})$)(?=\d*[a-z])[a-z\d]{{1,12}}",
     re.DOTALL,
 )
@@ -137,18 +137,15 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     mode = "L" if channels == 1 else "RGB"
     transparent = image.has_transparency_data
-    image = _converted(image, "RGBA" if transparent else mode)
+    if image.mode != (wanted := "RGBA" if transparent else mode):
+        image = image.convert(wanted)  # which would copy one of that mode
     if large:
         image = image.reduce(2)
     if transparent:
         below = Image.new("RGBA", image.size, BACKGROUND)
-        image = _converted(Image.alpha_composite(below, image), mode)
+        image = Image.alpha_composite(below, image).convert(mode)
     array = np.asarray(image)
     return array.reshape(*array.shape[:2], channels)
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)
 
 
 def _count_scans(file: Any) -> int:

@@ -222,8 +222,10 @@ def test_a_heic_picture_is_named_with_the_remedy(brands, tmp_path):
 
 def test_names_tell_what_is_no_picture():
     pictures = "a.jpg a.JPEG a.jfif a.mpo a.TIF a.avif a.jp2 a.heic a photo.0001 a.jpg!d 图.像"
+    pictures += " a.jif a.jpf a.j2c"
     others = "a.json a.jpg.xml a.TXT a.csv a.md a.mp4 a.h5 a.7z a.npy a.pdf README LICENSE a.svg"
     assert all(map(images.is_picture, [*pictures.split(), "Dr. Who", "x.jpeg_large"]))
+    others += " a.jpg:Zone.Identifier a.jpg@SynoEAStream"
     assert not any(map(images.is_picture, others.split()))
 
 
