@@ -16,13 +16,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
 
 from imgcls.data.images import DECODER, fit_image
-from imgcls.data.sources import Source
 from imgcls.errors import BadExampleError, UserError
 from imgcls.run import files, machine, signals
 from imgcls.run.logs import progress
@@ -31,6 +30,24 @@ CACHE_FORMAT = 4  # raise when the entry of an unchanged source would differ
 CACHE_BYTES = 20 * 2**30  # of all entries; the least recently used go first
 CHUNK = 250  # examples decoded by one task
 BLOCK = 2**22  # bytes hashed at a time
+
+
+class Source(Protocol):
+    """One split of a dataset, read in any order and from any thread.
+
+    `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
+    source that reads many examples faster than one by one also has `read(indices) -> iterable
+    of examples`, which raises at the first bad one. One that found something to say of its
+    examples before training has `describe() -> lines`.
+    """
+
+    class_names: tuple[str, ...]  # of each label
+    fingerprint: str  # changes whenever the decoded examples may have changed
+    ids: Sequence[str] | range  # printable and unique: paths below the folder, or indices
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class Decoded(NamedTuple):
@@ -60,7 +77,7 @@ def load(
     """
     folder = files.cache_folder("datasets")
     shape = (len(part), *shape)
-    decode = lambda images: _decode(source, name, part, images, resize, skip_bad)
+    decode = lambda images: _decode(source, name, part, images, resize)
     try:
         what = [CACHE_FORMAT, DECODER, source.fingerprint, part.start, shape, resize]
         key = hashlib.sha256(json.dumps(what).encode()).digest()
@@ -76,15 +93,18 @@ def load(
             with contextlib.suppress(OSError):  # not all file systems have permissions and locks
                 os.fchmod(file.fileno(), 0o600)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            decoded = decode(_map_new(file, shape))
+            decoded, errors = decode(_map_new(file, shape))
             for array in decoded[1:]:
                 npy.write_array(file, array)
             file.flush()
             file.write(_hash(key, file, file.tell()))
+        _skip(errors, skip_bad)  # what was decoded is kept even if this raises
         return _read(path, key, shape) or decoded
     except OSError as error:
         logging.warning("cannot cache decoded images in %s (%s)", folder, error)
-        return decode(_in_memory(shape, name, part))
+        decoded, errors = decode(_in_memory(shape, name, part))
+        _skip(errors, skip_bad)
+        return decoded
 
 
 def _read(path: Path, key: bytes, shape: tuple[int, ...]) -> Decoded | None:
@@ -158,9 +178,9 @@ def _in_memory(shape: tuple[int, ...], name: str, part: range) -> np.ndarray:
 
 
 def _decode(
-    source: Source, name: str, part: range, images: np.ndarray, resize: str, skip_bad: int
-) -> Decoded:
-    """Decodes a part of a source into `images`; unreadable examples leave no gap."""
+    source: Source, name: str, part: range, images: np.ndarray, resize: str
+) -> tuple[Decoded, dict[int, BadExampleError]]:
+    """Decodes a part of a source into `images`, without gaps. Returns what is unreadable, too."""
     labels: list[Any] = [None] * len(part)
     digests = np.zeros((len(part), 32), np.uint8)
     bad: dict[int, BadExampleError] = {}
@@ -185,12 +205,11 @@ def _decode(
                 bar.update(done)
     finally:
         executor.shutdown(cancel_futures=True)
-    _skip(bad, skip_bad)
     kept = np.setdiff1d(part, [*bad])
     rows = kept - part.start
     for row, i in enumerate(rows if bad else ()):
         images[row] = images[i]
-    return Decoded(images, np.array([labels[i] for i in rows]), kept, digests[rows])
+    return Decoded(images, np.array([labels[i] for i in rows]), kept, digests[rows]), bad
 
 
 def _examples(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -213,7 +232,7 @@ def _skip(bad: dict[int, BadExampleError], skip_bad: int) -> None:
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{len(bad)} unreadable example(s), config.data.skip_bad allows {skip_bad}: "
-            f"{'; '.join(reasons[:5])}{more}. Mend or remove them, or skip them with "
+            f"{'; '.join(reasons[:5])}{more}. Repair or remove them, or skip them with "
             f"--config.data.skip_bad={len(bad)}"
         )
     for reason in reasons:

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class DigitsSource:
-    """One split of the digits. See `data.sources.Source`."""
+    """One split of the digits. See `data.cache.Source`."""
 
     class_names = tuple("0123456789")
 

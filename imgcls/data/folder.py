@@ -1,7 +1,6 @@
 """A folder of images: `PATH/<class>/*`, or `PATH/{train,validation,test}/<class>/*`."""
 
 import functools
-import itertools
 import logging
 import os
 import re
@@ -11,15 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imgcls.data.divide import Classes, complete, nfc, shuffled
+from imgcls.data.divide import Classes, Splits, complete, nfc, shuffled
 from imgcls.data.images import decode_image, hash_files, is_picture, picture_size
 from imgcls.errors import UserError, did_you_mean, printable
 
 LAYOUTS = "PATH/<class>/* or PATH/{train,validation,test}/<class>/*"
 # What desktops, archives, NAS and caches of thumbnails leave; so do names that start with a dot.
-IGNORED = ("thumbs.db", "desktop.ini")
+IGNORED = ("thumbs.db", "desktop.ini", "icon\r")
 IGNORED_FOLDERS = ("@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found", "@__thumb")
-IGNORED_FOLDERS += ("__macosx", "__pycache__", "thumbnails", "_thumbnails", "@tmp")
+IGNORED_FOLDERS += ("__macosx", "__pycache__", "thumbnail", "thumbnails", "_thumbnails", "_thumbs")
+IGNORED_FOLDERS += ("@tmp", "#snapshot", "system volume information")
 # Names of splits, of which only the letters count, with what is written around them.
 _SPLITS = {
     "train": "trn|train|training|trainval",
@@ -47,19 +47,14 @@ class Tree(NamedTuple):
 
 
 class FolderSource:
-    """One split of a folder, in the order of the paths' SHA-256. See `data.sources.Source`."""
+    """One split of a folder, in the order of the paths' SHA-256. See `data.cache.Source`."""
 
     def __init__(
-        self,
-        root: str,
-        split: Classes,
-        classes: list[str],
-        channels: int,
-        notes: Sequence[str] = (),
+        self, root: str, part: Classes, classes: list[str], channels: int, notes: Sequence[str] = ()
     ):
         """Takes the files of each class, and all classes: a label is an index into these."""
         index = {name: label for label, name in enumerate(classes)}
-        labels = {file: index[name] for name, files in split.items() for file in files}
+        labels = {file: index[name] for name, files in part.items() for file in files}
         paths = sorted(labels, key=shuffled)
         self._examples = [(os.path.join(root, path), labels[path]) for path in paths]
         self._channels, self._notes = channels, notes
@@ -96,12 +91,7 @@ class FolderSource:
 
 
 def open_folder(
-    *,
-    data_dir: str | None,
-    channels: int,
-    follow_links: bool = True,
-    ignore: str = "",
-    **divide: Any,
+    *, data_dir: str | None, channels: int, follow_links: bool = True, ignore: str = "", **how: Any
 ) -> dict[str, FolderSource]:
     """Opens the splits of a folder of images. Labels number the sorted names of class folders.
 
@@ -109,7 +99,7 @@ def open_folder(
     that are named like splits, and nothing else next to them, tell the layout with splits. Where
     there is no test, but validation, that is the test split. Other splits are carved: a tenth of
     each class of train. The SHA-256 of a file's path below PATH decides; a class of one or two
-    files stays in train. `divide`: see `complete`.
+    files stays in train. `how`: see `complete`.
 
     Raises:
         UserError: No such folder, no images, one class, an empty class or split, a class that train
@@ -120,32 +110,32 @@ def open_folder(
         raise UserError(f"image_folder needs --config.data.dir=PATH, laid out as {LAYOUTS}")
     root = os.path.expanduser(data_dir)
     shown = printable(root)
+    if os.path.isfile(root):
+        raise UserError(f"{shown} is not a directory: config.data.name=table reads CSV and Parquet")
     if not os.path.isdir(root):
         near = did_you_mean(Path(root).name, [p.name for p in Path(root).parent.glob("*/")])
         raise UserError(f"{shown} is not a directory: {near or 'name one with --config.data.dir'}")
-    names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
     left_out: Counter[str] = Counter()
-    tree = read_tree(root, follow_links=follow_links, ignore=names, left_out=left_out)
-    if unknown := [name for name in names if f"{name}/" not in left_out]:
-        raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}")
+    tree = read_tree(root, follow_links=follow_links, ignore=ignore, left_out=left_out)
+    if unknown := [what[:-1] for what, n in left_out.items() if not n]:
+        near = did_you_mean(unknown[0], [*tree.folders, *_unwrapped(tree).folders]) or "correct it"
+        raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}: {near}")
     pictures = sum(1 for _ in tree.below())
     told = [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20)]
     if not pictures:
         others = f" ({', '.join(told)})" if told else ""
         raise UserError(f"{shown} holds no images{others}; it must be laid out as {LAYOUTS}")
     given, validation, nested = _divided(root, shown, tree)
-    splits, notes = complete(root, given, validation, **divide)
-    check(shown, splits)
-    used = sum(len(files) for split in splits.values() for files in split.values())
+    used = sum(len(files) for split in given.values() for files in split.values())
     if loose := pictures - used:
         told.append(f"{loose:,} pictures in no class folder")
     if loose > used:
         raise UserError(f"{shown} holds {told[-1]} and {used:,} in such: sort or remove the former")
+    read = lambda part: FolderSource(root, part, [*part], 3)
+    splits, notes = complete(given, validation, read, **how)
+    classes = check(shown, splits)
     notes += [*nested, *([f"left out: {', '.join(told)}"] if told else [])]
-    classes = sorted(splits["train"])
-    return {
-        name: FolderSource(root, split, classes, channels, notes) for name, split in splits.items()
-    }
+    return {k: FolderSource(root, split, classes, channels, notes) for k, split in splits.items()}
 
 
 def read_tree(
@@ -153,7 +143,7 @@ def read_tree(
     *,
     follow_links: bool = True,
     refuse_loops: bool = True,
-    ignore: Iterable[str] = (),
+    ignore: str = "",
     left_out: Counter[str] | None = None,
 ) -> Tree:
     """The pictures below a folder; hidden files, pipes and the like are none.
@@ -164,10 +154,13 @@ def read_tree(
         root: the folder.
         follow_links: False refuses links with a UserError.
         refuse_loops: a link back to a folder around it is refused with a UserError, or left out.
-        ignore: names of folders to leave out.
-        left_out: counts what is left out, by the ending of files and the name + "/" of folders.
+        ignore: names of folders to leave out, with commas between them.
+        left_out: counts what is left out, by the ending of files and the name + "/" of folders;
+            0 of folders to ignore that are not there.
     """
     left_out = Counter() if left_out is None else left_out
+    names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
+    left_out.update(dict.fromkeys((f"{name}/" for name in names), 0))
 
     def read(directories: list[str], above: tuple[Path, ...]) -> Tree:
         tree, folders = Tree([], {}), dict[str, list[str]]()
@@ -181,15 +174,13 @@ def read_tree(
             above = (*above, real)
             for entry in list(os.scandir(directory)):
                 name, lower = nfc(entry.name), entry.name.lower()
-                if name.startswith(".") or lower in IGNORED:
-                    continue
-                if (name in ignore or lower in IGNORED_FOLDERS) and entry.is_dir():
+                if (name in names or lower in IGNORED_FOLDERS) and entry.is_dir():
                     left_out[f"{name}/"] += 1
+                elif name.startswith(".") or lower in IGNORED:
+                    continue
                 elif entry.is_symlink() and not follow_links:
-                    where = printable(entry.path)
-                    raise UserError(
-                        f"{where} is a link, which config.data.follow_links=False refuses"
-                    )
+                    link = f"{printable(entry.path)} is a link"
+                    raise UserError(f"{link}, which config.data.follow_links=False refuses")
                 elif entry.is_dir():
                     folders.setdefault(name, []).append(entry.path)
                 elif entry.is_file() or not os.path.exists(entry.path):
@@ -204,23 +195,19 @@ def read_tree(
     try:
         return read([root], ())
     except OSError as error:  # no permission, or a link to itself
-        raise UserError(f"{printable(error.filename)}: {error.strerror}; remove it") from error
+        why = f"{printable(error.filename)}: {error.strerror}"
+        raise UserError(f"{why}; remove it or make it readable") from error
 
 
-def _divided(root: str, shown: str, tree: Tree) -> tuple[dict[str, Classes], str, list[str]]:
+def _divided(root: str, shown: str, tree: Tree) -> tuple[Splits, str, list[str]]:
     """The splits that a folder has, how it calls validation, and what to say of them."""
     tree, notes = _unwrapped(tree), list[str]()
     if tree.files and not tree.folders:
         raise UserError(f"{shown} holds {_loose(tree)}; lay them out as {LAYOUTS}")
     taken = split_names(tree.folders)
     found, folder_of = {"train": tree}, {name: folder for folder, name in taken.items()}
-    if "train" not in folder_of or len(taken) < len(tree.folders):
+    if "train" not in folder_of or len(folder_of) < len(tree.folders):
         _refuse_doubt(shown, tree, taken)
-    elif len(folder_of) < len(taken):
-        double = Counter(taken.values()).most_common(1)[0][0]
-        folders = _listed(folder for folder, name in taken.items() if name == double)
-        ignore = "name the others in --config.data.ignore"
-        raise UserError(f"{shown} has two {double} folders, {folders}; keep one, or {ignore}")
     else:
         for name in sorted(folder_of, key="train".__ne__):  # train first
             split, where = tree.folders[folder_of[name]], printable(folder_of[name])
@@ -271,34 +258,53 @@ def letters(name: str) -> str:
 
 def _beginning(names: list[str]) -> int:
     """The length of what several names begin with, up to the last character that is no letter."""
-    same = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*names))
-    begins = "".join(chars[0] for chars in same) if len(names) > 1 else ""
-    return len(begins.rstrip(string.ascii_letters))
+    begins = os.path.commonprefix(names)  # noqa: RUF071
+    return len(begins.rstrip(string.ascii_letters)) if len(names) > 1 else 0
 
 
 def _refuse_doubt(shown: str, tree: Tree, taken: dict[str, str]) -> None:
-    """Raises UserError where folders may be splits, some or all, rather than classes."""
+    """Raises UserError where folders may be splits or parts, some or all, rather than classes."""
     inside = {name: _unwrapped(folder).folders for name, folder in tree.folders.items()}
     counts = Counter(name for folders in inside.values() for name in folders)
     same = [name for name, n in counts.items() if n > 1 and 2 * n >= len(inside)]
     within = [name for name in inside if {"train"} < set(split_names(inside[name]).values())]
-    nested = any(len(inside[name]) > 1 for name in taken)
-    if not (nested or within or len(set(taken.values())) > 1 or len(same) > 1):
+    copies = [name for name in inside if len(inside[name].keys() & inside.keys()) > 1]
+    others, splits = sorted(inside.keys() - taken.keys()), Counter(taken.values())
+    double = splits.most_common(1)[0][0] if len(splits) < len(taken) else ""
+    nested = len(splits) > 1 or any(len(inside[name]) > 1 for name in taken)
+    beside = not nested and len(others) > 1 and splits.keys() - {"train"}  # not sorted by class
+    doubts = {
+        f"there are two {double} folders": double,
+        f"most hold the same folders, as splits do ({_listed(same)})": len(same) > 1,
+        f"splits are in {_listed(within)}, which --config.data.dir may name": within,
+        f"{_listed(copies)} holds the same folders again; --config.data.dir may name it": copies,
+        "such names are of parts of a set, not of classes": _are_parts(inside),
+    }
+    told = [text for text, doubt in doubts.items() if doubt]
+    if not (nested or beside or told):
         return
-    others = sorted(inside.keys() - taken.keys())
-    text = f"{shown} has the folders {_listed(inside)}"
-    if taken:
-        text += "; " + ", ".join(f"{printable(f)} was taken for {s}" for f, s in taken.items())
-        text += f"; no split is {_listed(others)}" if others else "; none for train"
-    if len(same) > 1:
-        text += f"; most hold the same folders, as splits do ({_listed(same)})"
-    if within:
-        text += f"; splits are in {_listed(within)}, which --config.data.dir may name"
-    ignore = ",".join(map(printable, others[:20])) if taken and others else "NAMES"
+    named = ", ".join(f"{printable(k)} was taken for {v}" for k, v in sorted(taken.items()))
+    rest = f"no split is {_listed(others)}" if others else "none for train"
+    told = [named, *([] if "train" in splits and not others else [rest]), *told] if taken else told
+    leave = others if "train" in splits else [*taken] if beside else []
     raise UserError(
-        f"{text}: rename splits to train, validation and test, leave folders out with "
-        f"--config.data.ignore={ignore}, or list the pictures in a CSV for --config.data.name=table"
+        f"{shown} has the folders {_listed(inside)}; {'; '.join(told)}: rename splits to train, "
+        "validation and test, leave folders out with --config.data.ignore="
+        f"{','.join(map(printable, leave[:20])) or 'NAMES'}, or list the pictures in a CSV for "
+        "--config.data.name=table"
     )
+
+
+def _are_parts(folders: Iterable[str]) -> bool:
+    """Whether folders are named like splits or parts of one set, or like pictures and masks."""
+    names = [re.sub(r"[\W\d_]+$", "", name.casefold()) for name in folders]
+    found = lambda pattern: sum(bool(re.search(pattern, name)) for name in names)
+    alone = r"(^|[\W\d_])"  # before a word that ends a name
+    one = len(set(names)) == 1 and found(f"{alone}(part|batch|chunk|fold|(data)?set|data|image)s?$")
+    masked = found("(image|img)s?$") and found("(mask|label|annotation|truth)s?$")
+    train = found(f"^train|{alone}train(ing)?$")
+    test = found(f"^(test|valid)|{alone}(test(ing)?|validation)$")
+    return len(names) > 1 and bool(one or masked or (train and test and train + test >= len(names)))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -310,8 +316,8 @@ def _loose(tree: Tree) -> str:
     return f"{sum(1 for _ in tree.below()):,} pictures beside each other, no class folders"
 
 
-def check(shown: str, splits: dict[str, Classes], *, folders: bool = True) -> None:
-    """Refuses what can't be trained on or evaluated, with the counts."""
+def check(shown: str, splits: Splits, *, folders: bool = True) -> list[str]:
+    """The classes, sorted. Refuses what can't be trained on or evaluated, with the counts."""
     train = splits["train"]
     for name, split in splits.items():
         shortest = sorted(split, key=lambda label: (len(split[label]), label))[:20]
@@ -325,7 +331,8 @@ def check(shown: str, splits: dict[str, Classes], *, folders: bool = True) -> No
             if label not in train:
                 raise UserError(f"{has}; train has no class {where}; rename it{leave}")
         if not split or (name == "train" and len(split) < 2):
-            wanted = "two classes or more are needed, each in its folder" if split else "add some"
-            raise UserError(f"{has}; {wanted}")
-        for label in sorted(train.keys() - split.keys()):
-            logging.warning("%s: %s has no image of class %s", shown, name, printable(label))
+            wanted = "two classes or more are needed" if split else "add some"
+            raise UserError(f"{has}; {wanted}{', each in its folder' * folders}")
+        if lacking := train.keys() - split.keys():
+            logging.warning("%s: %s has no image of class %s", shown, name, _listed(lacking))
+    return sorted(train)

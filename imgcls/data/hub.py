@@ -1,7 +1,9 @@
 """`hf:NAME`: datasets of huggingface.co, or of a folder, through the datasets library."""
 
+import contextlib
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from imgcls.data.images import DECODER, decode_image
@@ -9,7 +11,7 @@ from imgcls.errors import UserError, first_line, printable
 
 
 class HubSource:
-    """One split of such a dataset. See `data.sources.Source`."""
+    """One split of such a dataset. See `data.cache.Source`."""
 
     def __init__(self, name: str, rows: Any, channels: int, image: str, label: str):
         """Takes rows whose columns `image`, undecoded, and `label` are meant."""
@@ -36,12 +38,11 @@ class HubSource:
         return {"image": image, "label": -1 if (found := row[self._label]) is None else found}
 
 
-def _content(image: dict[str, Any] | None) -> bytes:
-    """Of a picture's file, which a row holds or names; empty where neither is so."""
-    if image and image["bytes"] is None and image["path"]:
-        with open(image["path"], "rb") as file:
-            return file.read()
-    return (image or {}).get("bytes") or b""
+def _content(image: Any) -> bytes:
+    """Of a picture's file, which a row holds or names; empty where neither can be read."""
+    with contextlib.suppress(OSError, TypeError):
+        return image["bytes"] or Path(image["path"]).read_bytes()
+    return b""
 
 
 def open_hub(name: str, *, data_dir: str | None, channels: int, **_: Any) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def open_hub(name: str, *, data_dir: str | None, channels: int, **_: Any) -> dic
     try:
         import datasets
 
-        found = datasets.load_dataset(path, config or None, cache_dir=data_dir)
+        place = str(Path(path).expanduser())  # or a name
+        found = datasets.load_dataset(place, config or None, cache_dir=data_dir)
     except ModuleNotFoundError:
         raise UserError(f"{shown} needs pip install -r requirements-hub.txt") from None
     except Exception as error:  # each of its parts has its own

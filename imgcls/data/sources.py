@@ -4,32 +4,16 @@ To add a dataset, write `open_mine(*, channels, data_dir, **_) -> dict[str, Sour
 this package and name it in `SOURCES`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable
+from typing import Any
 
+from imgcls.data.cache import Source
 from imgcls.data.digits import open_digits
 from imgcls.data.folder import open_folder
 from imgcls.data.hub import open_hub
 from imgcls.data.table import open_table
-
-
-class Source(Protocol):
-    """One split of a dataset, read in any order and from any thread.
-
-    `source[i]` is {"image": uint8[h, w, channels], "label": int}, or raises BadExampleError. A
-    source that reads many examples faster than one by one also has `read(indices) -> iterable
-    of examples`, which raises at the first bad one. One that found something to say of its
-    examples before training has `describe() -> lines`.
-    """
-
-    class_names: tuple[str, ...]  # of each label
-    fingerprint: str  # changes whenever the decoded examples may have changed
-    ids: Sequence[str] | range  # printable and unique: paths below the folder, or indices
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
+from imgcls.errors import UserError
 
 SOURCES: dict[str, Callable[..., Any]] = {
     "digits": open_digits,
@@ -52,8 +36,13 @@ def open_sources(
         options: of a folder or a table of images, see `open_folder`.
 
     Raises:
-        UserError: an unknown name, no such folder, damaged data, or no network to download it.
+        UserError: an unknown name, an unfit option, no such folder, damaged data, or no network.
     """
+    own = [key for key, value in options.items() if value not in (True, False, "", "warn")]
+    if own and (name == "digits" or name not in SOURCES):
+        raise UserError(f"config.data.{own[0]} is for image_folder and table: unset it for {name}")
+    if name == "digits" and data_dir:
+        logging.warning("digits come with scikit-learn: config.data.dir=%s is not used", data_dir)
     if name in SOURCES:
         return SOURCES[name](data_dir=data_dir, channels=channels, **options)
     if name.startswith("hf:"):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from imgcls.data import cache
-from imgcls.data.sources import Source
+from imgcls.data.cache import Source
 from imgcls.errors import UserError, first_line
 
 
@@ -102,7 +102,7 @@ def load_splits(
             which split an example is in depends on no other's state.
         image_size: (height, width) in pixels.
         channels: of the sources' images.
-        resize: "squash" or "crop", see `fit_image`.
+        resize: see `fit_image`.
         skip_bad: how many unreadable examples each part of a split string may have; they are left
             out.
 
@@ -119,13 +119,13 @@ def load_splits(
             _check_labels(sources[name], name, decoded[-1])
             ids += [f"{name}:{sources[name].ids[i]}" for i in decoded[-1].kept.tolist()]
         if not ids:
-            raise UserError(f"split {spec!r} has no readable example: mend some of them")
+            raise UserError(f"split {spec!r} has no readable example: repair some of them")
         images, labels, kept, digests = zip(*(d for d in decoded if len(d.kept)))
         source = sources[parts[0][0]]
         images = [part[: len(rows)] for part, rows in zip(images, kept)]
         read = [(sources[name], d.kept) for (name, _), d in zip(parts, decoded)]
         own = (source.class_names, np.concatenate(digests), getattr(source, "describe", tuple))
-        return Split(spec, images, np.concatenate(labels), ids, *own, read, resize == "crop")
+        return Split(spec, images, np.concatenate(labels), ids, *own, read, "crop" in resize)
 
     return [load(spec, parts) for spec, parts in [(s, _resolve(s, sources)) for s in specs]]
 

@@ -3,9 +3,10 @@
 import csv
 import os
 import re
+import unicodedata
 from typing import Any
 
-from imgcls.data.divide import Classes, complete, nfc
+from imgcls.data.divide import Splits, complete, nfc
 from imgcls.data.folder import FolderSource, check, letters, split_names
 from imgcls.errors import UserError, first_line, printable
 
@@ -14,16 +15,11 @@ COLUMNS = {  # names of a column, of which only the letters count
     "label": "label labels class classname category target species breed diagnosis",
     "split": "split set subset dataset partition",
 }
-LAYOUT = "it has the columns path, label and perhaps split"
+LAYOUT = "a table has the columns path, label and perhaps split"
 
 
 def open_table(
-    *,
-    data_dir: str | None,
-    channels: int,
-    follow_links: bool = True,
-    ignore: str = "",
-    **divide: Any,
+    *, data_dir: str | None, channels: int, follow_links: bool = True, ignore: str = "", **how: Any
 ) -> dict[str, FolderSource]:
     """Opens the splits of a table. Paths are relative to its folder, labels number sorted classes.
 
@@ -35,25 +31,31 @@ def open_table(
     """
     if data_dir is None:
         raise UserError(f"table needs --config.data.dir=FILE.csv (or .parquet); {LAYOUT}")
+    if ignore:
+        raise UserError("config.data.ignore is for image_folder: leave rows out of the table")
     table = os.path.expanduser(data_dir)
     root, shown, validation = os.path.dirname(table), printable(table), ""
-    splits: dict[str, Classes] = {}
+    base = os.path.realpath(root)
+    splits: Splits = {}
     seen, missing = set[str](), list[str]()
     for line, path, label, split in _read(table, shown):
-        where, file = f"{shown}, {line}", os.path.join(root, path)
+        where = f"{shown}, {line}"
         if not path or not label:
             raise UserError(f"{where} lacks a path or a label: complete or remove it")
-        if nfc(path) in seen:
+        path = os.path.normpath(path)
+        forms = (path, nfc(path), unicodedata.normalize("NFD", path), path.replace("\\", "/"))
+        there = [one for one in dict.fromkeys(forms) if os.path.isfile(os.path.join(root, one))]
+        path = (there or [path])[0]
+        file = os.path.normpath(os.path.join(base, path))
+        if nfc(file) in seen:
             raise UserError(f"{where} has {printable(path)} again: keep one line of each picture")
         if not (name := split_names([split]).get(split)):
-            known = "train, validation or test"
-            raise UserError(f"{where} has the split {printable(split)!r}: write {known}")
-        if not follow_links and os.path.islink(file):
+            raise UserError(f"{where} has the split {printable(split)!r}: write train, val or test")
+        if there and not follow_links and os.path.realpath(file) != file:
             raise UserError(f"{where} is a link, which config.data.follow_links=False refuses")
-        if not os.path.isfile(file):
-            missing.append(path)
+        missing += [] if there else [path]
         validation = split if name == "validation" else validation
-        seen.add(nfc(path))
+        seen.add(nfc(file))
         splits.setdefault(name, {}).setdefault(nfc(label), []).append(path)
     if missing:
         raise UserError(
@@ -62,9 +64,9 @@ def open_table(
         )
     if "train" not in splits:
         raise UserError(f"{shown} has no example of train")
-    splits, notes = complete(root, splits, validation, **divide)
-    check(shown, splits, folders=False)
-    own = (sorted(splits["train"]), channels, notes)
+    read = lambda part: FolderSource(root, part, [*part], 3)
+    splits, notes = complete(splits, validation, read, **how)
+    own = (check(shown, splits, folders=False), channels, notes)
     return {name: FolderSource(root, split, *own) for name, split in splits.items()}
 
 

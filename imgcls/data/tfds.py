@@ -39,7 +39,7 @@ _REMEDY = "delete that directory and run again, or name another with --config.da
 
 
 class TfdsSource:
-    """One split of a prepared dataset, decoded by `data.images`. See `data.sources.Source`."""
+    """One split of a prepared dataset, decoded by `data.images`. See `data.cache.Source`."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, channels: int):
         self._records = builder.as_data_source(

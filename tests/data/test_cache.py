@@ -232,3 +232,14 @@ def test_data_that_cannot_be_identified_is_not_cached(tmp_path, folder, monkeypa
     on_disk, train = load_folder(tmp_path / "data")
     np.testing.assert_array_equal(on_disk, all_images(train))
     assert not any(folder.iterdir())
+
+
+def test_what_was_decoded_is_kept_when_too_many_are_unreadable():
+    for _ in range(2):
+        source = Numbers(10, bad=(3, 5))
+        with pytest.raises(UserError, match="2 unreadable"):
+            load({"train": source}, "train", skip_bad=1)
+    assert source.reads == 2
+    source = Numbers(10, bad=(3, 5))
+    (split,) = load({"train": source}, "train", skip_bad=2)
+    assert source.reads == 2 and numbers(split) == [0, 1, 2, 4, 6, 7, 8, 9]

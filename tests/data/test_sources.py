@@ -128,6 +128,9 @@ def test_a_new_class_does_not_reorder_the_others(tmp_path):
     assert after == list(before)
 
 
+SAME = {"cat": 12, "dog": 12}
+
+
 @pytest.mark.parametrize("validation", ["validation", "val", "valid"])
 def test_split_layout_is_taken_as_it_is(validation, tmp_path):
     counts = {"train/a": 9, "train/b": 8, f"{validation}/b": 2, f"{validation}/a": 1, "test/b": 4}
@@ -195,11 +198,18 @@ def test_splits_are_known_by_other_names_and_below_other_folders(train, validati
         (spread("cat", "dog"), ["cat, dog"], ""),
         (spread("val", "test"), ["none for train"], ""),
         (spread("data/train", "data/test") | {"docs": 3}, ["in data", "data.dir"], "docs"),
-        (spread("Train", "train1", "test"), ["two train folders", "Train, train1"], "train1"),
+        (spread("Train", "train1", "test"), ["two train folders", "train1 was"], "train1"),
         (spread("train", "test") | {"labels": 0}, ["labels"], "labels"),
         (spread("train", "val") | {"test": 9}, ["9 pictures", "ignore=test"], "test"),
         (spread("train", "val") | {"test/unknown": 9}, ["9 pictures", "ignore=test"], "test"),
         ({"train": 9, "test": 9}, ["in train 9 pictures beside each other"], ""),
+        ({"cat": 9, "dog": 9, "Test": 9}, ["Test was taken for test", "ignore=Test"], "Test"),
+        (SAME | spread("both"), ["both holds the same folders again", "data.dir"], "both"),
+        ({"images": 9, "masks": 9}, ["parts of a set"], ""),
+        ({"HAM_images_part_1": 9, "HAM_images_part_2": 9}, ["parts of a set"], ""),
+        ({"images_001/images": 9, "images_002/images": 9}, ["parts of a set"], ""),
+        ({"trainA": 9, "trainB": 9, "testA": 9, "testB": 9}, ["parts of a set"], ""),
+        ({"cat_train": 9, "cat_test": 9, "dog_train": 9, "dog_test": 9}, ["parts of a set"], ""),
         ({".": 24}, ["24 pictures beside each other, no class folders"], ""),
         ({"a": 4, "b": 4, "..": 9}, ["9 pictures in no class folder"], ""),
     ],
@@ -220,11 +230,37 @@ def test_what_may_be_a_split_or_not_is_refused_and_left_out_on_request(
             assert source.class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "valid invalid",
+        "grade_1 grade_2",
+        "train plane",
+        "mask no_mask",
+        "sunset1 sunset2",
+        "train train_station contest",
+    ],
+)
+def test_names_like_those_of_splits_and_parts_may_be_classes(names, tmp_path):
+    source = open_folder(make_folder(tmp_path, dict.fromkeys(names.split(), 9)))["train"]
+    assert source.class_names == tuple(sorted(names.split()))
+
+
 def test_a_folder_to_leave_out_must_be_there(tmp_path):
-    make_folder(tmp_path, {"a": 9, "b": 9, "a/raw": 3})
-    sources = open_folder(tmp_path, ignore="raw,")
+    make_folder(tmp_path, {"a": 9, "b": 9, "a/raw": 3, "Docs": 3, ".git": 3})
+    sources = open_folder(tmp_path, ignore="raw,Docs/, .git,")
     assert sum(map(len, sources.values())) == 18
     refusal(lambda: open_folder(tmp_path, ignore="raw,rwa"), "data.ignore", "no folder rwa")
+    refusal(lambda: open_folder(tmp_path, ignore="docs"), "no folder docs: did you mean Docs?")
+
+
+def test_options_of_folders_are_refused_where_they_would_do_nothing(tmp_path):
+    for name in ("digits", f"hf:{tmp_path}", "mnist"):
+        for options in ({"group": "[0-9]"}, {"ignore": "a"}, {"split_duplicates": "train"}):
+            call = lambda name=name, o=options: open_sources(name, data_dir=None, channels=1, **o)
+            refusal(call, f"config.data.{next(iter(options))}", f"unset it for {name}")
+    plain = {"group": "", "ignore": "", "split_duplicates": "warn", "follow_links": False}
+    open_sources("digits", data_dir=None, channels=1, **plain)
 
 
 def test_validation_without_test_is_the_test_split_and_a_line_says_so(tmp_path):
@@ -264,7 +300,7 @@ def photographs(count: int, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC) for pixels in coarse]
 
 
-def test_near_duplicates_stay_in_train_on_request(tmp_path):
+def test_near_duplicates_stay_in_train_on_request(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
         for number, picture in enumerate(photographs(30, seed)):
@@ -288,10 +324,51 @@ def test_near_duplicates_stay_in_train_on_request(tmp_path):
     assert min(map(len, after.values())) > 0
     assert set(before["train"].ids) <= set(after["train"].ids)
     assert any("near-duplicates are in train" in line for line in after["test"].describe())
+    read = []
+    refuse = lambda path, **_: read.append(path) or (_ for _ in ()).throw(BadExampleError("torn"))
+    monkeypatch.setattr("imgcls.data.folder.decode_image", refuse)
+    again = open_folder(tmp_path, split_duplicates="train")
+    assert {k: s.ids for k, s in again.items()} == {k: s.ids for k, s in after.items()}
+    assert [Path(path).name for path in read] == ["torn.jpg"]
+    monkeypatch.undo()
     given = make_folder(
         tmp_path / "given", {f"{s}/{c}": 9 for s in ("train", "test") for c in "ab"}
     )
     assert len(open_folder(given, split_duplicates="train")["test"]) == 18
+
+
+def test_copies_of_one_picture_leave_no_class_empty(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(photographs(20, seed)):
+            picture.save(tmp_path / name / f"{number}.png")
+    (tmp_path / "rare").mkdir()
+    for number in range(4):
+        photographs(1, 2)[0].save(tmp_path / "rare" / f"{number}.png")
+    sources = open_folder(tmp_path, split_duplicates="train")
+    rare = {k: sum(path.startswith("rare") for path in s.ids) for k, s in sources.items()}
+    assert rare == {"train": 4, "validation": 0, "test": 0}
+    for name in "ab":
+        shutil.rmtree(tmp_path / name)
+        shutil.copytree(tmp_path / "rare", tmp_path / name)
+    refusal(lambda: open_folder(tmp_path, split_duplicates="train"), "one is empty", "=warn")
+
+
+def test_near_duplicates_take_their_groups_with_them(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        pictures = photographs(40, seed)
+        if name == "a":  # each patient shares a picture with another
+            pictures[4::8] = pictures[::8]
+        for number, picture in enumerate(pictures):
+            picture.save(tmp_path / name / f"{name}{number // 4}_{number}.png")
+    sources = open_folder(tmp_path, group="[ab][0-9]+(?=_)", split_duplicates="train")
+    people = {k: {path.split("_")[0] for path in s.ids} for k, s in sources.items()}
+    assert len(people["train"]) == 18 and {*people["test"], *people["validation"]} < {
+        f"b/b{number}" for number in range(10)
+    }
+    assert sum(map(len, people.values())) == 20
+    assert "20 groups, 0 of them in several splits" in sources["train"].describe()
 
 
 @pytest.mark.parametrize("group", ["patient[0-9]+", "_(patient[0-9]+)_"])
@@ -318,6 +395,17 @@ def test_files_of_a_group_come_into_one_split(group, tmp_path):
 def test_groups_too_large_to_divide_are_refused(tmp_path):
     make_folder(tmp_path, {"a": 9, "b": 9})
     refusal(lambda: open_folder(tmp_path, group="[ab]/"), "config.data.group", "2 groups")
+
+
+def test_groups_that_no_path_or_not_every_path_tells_are_told(tmp_path):
+    make_folder(tmp_path, {"a": 20, "b": 20, "caf\u00e9": 9})
+    for group in ("Patient[0-9]+", "(Patient)?"):
+        refusal(lambda g=group: open_folder(tmp_path, group=g), "data.group", "0 groups", ".png")
+    lines = open_folder(tmp_path, group="[5-9].png")["train"].describe()
+    assert "25 pictures of no group" in lines
+    (tmp_path / "caf\u00e9").rename(tmp_path / "cafe\u0301")
+    lines = open_folder(tmp_path, group="caf\u00e9|[ab]/[0-9]+")["train"].describe()
+    assert "41 groups, 0 of them in several splits" in lines
 
 
 def test_groups_that_given_splits_tear_are_counted(tmp_path):
@@ -375,6 +463,16 @@ def test_folders_nobody_can_train_on_are_refused_with_the_counts(counts, words, 
     refusal(lambda: open_folder(make_folder(tmp_path, counts)), str(tmp_path), *words)
 
 
+@pytest.mark.parametrize("options", [{}, {"group": "[0-9]"}, {"split_duplicates": "train"}])
+def test_class_folders_without_pictures_are_refused_whatever_is_wanted(options, tmp_path):
+    flat = make_folder(tmp_path / "flat", {"a": 0, "b": 0})
+    Image.new("RGB", (4, 5)).save(flat / "0.png")
+    refusal(lambda: open_folder(flat, **options), "1 pictures in no class folder and 0 in such")
+    counts = {"train/a": 0, "train/b": 0, "test/a": 3, "test/b": 3}
+    split = make_folder(tmp_path / "split", counts)
+    refusal(lambda: open_folder(split, **options), "a 0, b 0")
+
+
 def test_a_missing_or_unnamed_folder_is_refused(tmp_path):
     refusal(lambda: open_folder(tmp_path / "gone"), str(tmp_path / "gone"), "--config.data.dir")
     (tmp_path / "file").touch()
@@ -387,8 +485,10 @@ def test_a_missing_or_unnamed_folder_is_refused(tmp_path):
 def test_a_training_class_missing_from_test_is_a_warning(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
-    open_folder(make_folder(tmp_path, {"train/a": 9, "train/b": 9, "test/a": 3}))
-    assert len(warnings) == 1 and "test has no image of class b" in warnings[0]
+    lacking = {f"train/b{number}": 9 for number in range(30)}
+    open_folder(make_folder(tmp_path, {"train/a": 9, "test/a": 3} | lacking))
+    assert len(warnings) == 1 and "test has no image of class b0, b1, b10" in warnings[0]
+    assert warnings[0].endswith(" and 10 more")
 
 
 def test_hidden_files_and_those_of_desktops_and_other_kinds_are_no_examples(tmp_path):
@@ -484,3 +584,8 @@ def test_the_fingerprint_changes_with_a_file_and_with_nothing_else(tmp_path):
     (tmp_path / "train/a").rename(tmp_path / "train/c")
     (tmp_path / "test/a").rename(tmp_path / "test/c")
     assert prints()["train"] != before["train"]
+
+
+def test_a_folder_given_to_digits_is_warned_of(tmp_path, caplog):
+    open_sources("digits", data_dir=str(tmp_path), channels=1)
+    assert f"config.data.dir={tmp_path} is not used" in caplog.text

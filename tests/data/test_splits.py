@@ -220,6 +220,9 @@ def test_more_than_the_memory_is_refused_before_it_is_read():
     assert numbers(split) == [0, 1, 2] and source.reads == 3
 
 
+CROPS = ("crop", "crop-bicubic")
+
+
 class Wide(Numbers):
     """Its pictures are 8 high and 20 wide, and each pixel has the number of its column."""
 
@@ -231,7 +234,7 @@ class Wide(Numbers):
 def test_pictures_are_those_of_the_source_as_far_as_they_are_used():
     sources = {"train": Wide(6, bad=(1,)), "test": Wide(3, fingerprint="other")}
     options = {"skip_bad": 1, "image_size": (4, 6)}
-    for resize, columns in (("squash", range(20)), ("crop", range(4, 16))):
+    for resize, columns in (("squash", range(20)), *((c, range(4, 16)) for c in CROPS)):
         (split,) = load(sources, "train+test[1:]", resize=resize, **options)
         assert split.ids == ["train:0", *(f"train:{i}" for i in range(2, 6)), "test:1", "test:2"]
         for row, i in enumerate([0, 2, 3, 4, 5, 1, 2]):

@@ -1,5 +1,6 @@
 import csv
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,42 @@ def test_no_table_and_splits_that_are_none_are_refused(tmp_path, rows):
     (tmp_path / "cat/0.png").unlink()
     (tmp_path / "cat/0.png").symlink_to(tmp_path / "cat/1.png")
     refusal(lambda: open_table(write_table(tmp_path, rows), follow_links=False), "is a link")
+
+
+def test_a_picture_is_one_however_its_path_is_spelled(tmp_path, rows):
+    expected = {k: s.ids for k, s in open_table(write_table(tmp_path, rows)).items()}
+    spelled = [(f"./cat/..//{path}", label) for path, label in rows]
+    found = open_table(write_table(tmp_path, spelled))
+    assert {k: s.ids for k, s in found.items()} == expected
+    spelled = [(path.replace("/", "\\"), label) for path, label in rows]  # by Windows
+    assert open_table(write_table(tmp_path, spelled))["test"].ids == expected["test"]
+    for again in (f"./{rows[0][0]}", "dog/../cat/0.png", str(tmp_path / "cat/0.png")):
+        table = write_table(tmp_path, [*rows, (again, "cat")])
+        refusal(lambda table=table: open_table(table), "line 34", "cat/0.png again")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_paths_are_found_in_either_unicode_normal_form(form, tmp_path):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    names = [unicodedata.normalize(form, name) for name in ("caf\u00e9", "\u00fcber")]
+    make_folder(tmp_path, dict.fromkeys(names, 9))
+    rows = [(f"{name}/{n}.png", name) for name in names for n in range(9)]
+    written = [[unicodedata.normalize(other, text) for text in row] for row in rows]
+    found, expected = (open_table(write_table(tmp_path, x)) for x in (written, rows))
+    assert found["train"].ids == expected["train"].ids
+    assert content(found["train"]) == content(expected["train"])
+
+
+def test_a_linked_folder_in_a_path_is_a_link_too_and_folders_to_ignore_are_refused(tmp_path, rows):
+    (tmp_path / "cat").rename(tmp_path / "elsewhere")
+    table = write_table(tmp_path, rows)
+    (tmp_path / "cat").symlink_to("elsewhere")
+    assert len(open_table(table)["train"]) == 26
+    refusal(lambda: open_table(table, follow_links=False), "labels.csv, line 2 is a link")
+    refusal(lambda: open_table(table, ignore="cat"), "config.data.ignore")
+    table = write_table(tmp_path, [*rows, ("cat/\0.png", "cat")])
+    refusal(lambda: open_table(table, follow_links=False), "line 2 is a link")
+    refusal(lambda: open_table(table), "1 of 33 files", r"cat/\x00.png")
 
 
 def test_a_parquet_file_is_read_as_the_csv_of_its_columns_is(tmp_path, rows):
