@@ -31,7 +31,7 @@ from imgcls import config as configs
 from imgcls import experiment
 from imgcls.arguments import define_harmless
 from imgcls.data import record
-from imgcls.data.folder import FolderSource, Tree, read_tree
+from imgcls.data.folder import FolderSource, read_tree
 from imgcls.data.splits import Split, load_splits
 from imgcls.errors import DivergedError, UserError, printable
 from imgcls.evaluation.mistakes import looked_at, write_issues
@@ -218,7 +218,9 @@ def main(_: list[str]) -> None:
 def open_other(classifier: Classifier, root: str) -> Split:
     """Pictures root/<class>/* of the run's classes; a UserError where there are none."""
     c, names = classifier.config.data, classifier.class_names
-    tree = read_tree(root, follow_links=c.follow_links) if os.path.isdir(root) else Tree([], {})
+    if not os.path.isdir(root):
+        raise UserError(f"--data_dir={root} is not a directory: name one that holds <class>/*")
+    tree = read_tree(root, follow_links=c.follow_links, ignore=c.ignore)
     found = {printable(name): [*folder.below()] for name, folder in tree.folders.items()}
     known = {k: [os.path.relpath(path, root) for path in found.get(k, ())] for k in names}
     unknown = ", ".join(sorted(found.keys() - {*names}))

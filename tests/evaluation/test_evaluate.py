@@ -276,7 +276,10 @@ def test_a_folder_without_pictures_of_the_classes_is_refused(finished, elsewhere
     classifier = load(finished)
     with pytest.raises(UserError, match="no folder of pictures of the classes 0, .*: its.* more"):
         evaluation.open_other(classifier, str(elsewhere / "letters"))
-    with pytest.raises(UserError, match="are none"):
+    classifier.config.data.ignore = "more"
+    with pytest.raises(UserError, match="no folder of pictures"):
+        evaluation.open_other(classifier, str(elsewhere))
+    with pytest.raises(UserError, match="nowhere is not a directory"):
         evaluation.open_other(classifier, str(elsewhere / "nowhere"))
 
 
