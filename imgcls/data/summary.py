@@ -53,6 +53,7 @@ def _warn_of_duplicates(splits: dict[str, Split]) -> None:
 
     for one, other in itertools.combinations(splits, 2):
         if len(splits[one]) * len(splits[other]) > COMPARED:
+            logging.info("%s and %s are too many to be searched for near-duplicates", one, other)
             continue
         found = nearest(small(other), small(one))
         if rows := np.flatnonzero(found >= 0).tolist():

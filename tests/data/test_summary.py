@@ -3,6 +3,7 @@ import logging
 import numpy as np
 import pytest
 
+from imgcls.data import summary
 from imgcls.data.splits import Split
 from imgcls.data.summary import describe
 
@@ -63,3 +64,21 @@ def test_it_warns_of_near_duplicates_across_splits(warnings):
     (text,) = warnings
     assert "2 of test are near-duplicates of train, such as 3 and 2" in text
     assert "split_duplicates=train" in text
+
+
+def test_a_picture_without_structure_is_a_duplicate_of_its_equal_alone(warnings):
+    splits = {"train": split(9, 9), "test": split(5, 5)}
+    shades = np.arange(28, dtype=np.uint8)[:, None, None, None] * 9
+    splits["train"].parts[0][:], splits["test"].parts[0][:] = shades[:18], shades[18:]
+    describe(splits, weighted=False)
+    assert not warnings
+    splits["test"].parts[0][4] = shades[3]
+    describe(splits, weighted=False)
+    assert "1 of test are near-duplicates of train, such as 4 and 3" in warnings[0]
+
+
+def test_splits_that_are_not_searched_for_near_duplicates_are_named(warnings, monkeypatch, caplog):
+    monkeypatch.setattr(summary, "COMPARED", 179)
+    with caplog.at_level(logging.INFO):
+        describe({"train": split(9, 9), "test": split(5, 5)}, weighted=False)
+    assert "train and test are too many to be searched" in caplog.text
