@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def open_hub(name: str, *, data_dir: str | None, channels: int, **_: Any) -> dic
     try:
         import datasets
 
-        place = str(Path(path).expanduser())  # or a name
-        found = datasets.load_dataset(place, config or None, cache_dir=data_dir)
+        found = datasets.load_dataset(os.path.expanduser(path), config or None, cache_dir=data_dir)
     except ModuleNotFoundError:
         raise UserError(f"{shown} needs pip install -r requirements-hub.txt") from None
     except Exception as error:  # each of its parts has its own

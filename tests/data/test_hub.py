@@ -79,12 +79,13 @@ def test_what_is_no_such_dataset_is_refused(tmp_path):
         open_sources(number, data_dir=str(tmp_path / "cache"), channels=3)
 
 
-def test_a_picture_whose_file_is_gone_is_named(tmp_path):
+def test_a_picture_whose_file_is_gone_is_named(tmp_path, monkeypatch):
     for name in ("a", "b"):
         (tmp_path / "pictures/train" / name).mkdir(parents=True)
         for number in range(2):
             (tmp_path / "pictures/train" / name / f"{number}.png").write_bytes(png(number))
-    name = f"hf:{tmp_path}/pictures"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "hf:~/pictures"
     source = open_sources(name, data_dir=str(tmp_path / "cache"), channels=1)["train"]
     (tmp_path / "pictures/train/b/1.png").unlink()
     assert source.fingerprint and source[0]["label"] == 0
