@@ -7,10 +7,10 @@ What is empty or 0 here is chosen by the training pictures, said, and saved in c
 --config.KEY=VALUE chooses otherwise: data.image_size=(128,128), or train.epochs in place of
 train.steps. Where a mirrored picture means something else, set augment.flip_probability=0.
 
-Tried on 480 photographs of six classes, at 64x64 pixels for 1,498 steps: validation top-1 71.67%
-(43/60; 95% interval of this one seed, over examples: 59.2 to 81.5), in 10 minutes of CPU time on 2
-cores of an AMD EPYC (AVX-512 bfloat16) that other work shared. A step takes 0.4 s of CPU time at
-64x64 pixels and 1.6 s at 224x224. The size of 224, which these photographs choose, was not tried.
+Tried on 480 photographs of six classes, beside 60 to validate and 60 to test on: at 224x224, which
+they choose, 2,002 steps reach 71.67% on test (43/60; 95% interval of this one seed, over examples:
+59.2 to 81.5), in 40 minutes on 2 cores of an AMD EPYC (AVX-512 bfloat16) that other work shared.
+With --config.data.image_size=(64,64) they reach 76.67% (46/60; 64.6 to 85.6) in 8 minutes: no worse.
 """
 
 from ml_collections import ConfigDict
