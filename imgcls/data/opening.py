@@ -63,6 +63,8 @@ def resolve(
     say(f"chosen by {len(train):,} training pictures, where no --config.KEY=VALUE does: {shown}")
     if "train.epochs" in left and len(train) < FEW:
         say(f"under {FEW:,} pictures, configs/finetune.py, a pretrained network, does better")
+        if found["data.image_size"] == (SIZES[-1],) * 2:
+            say("--config.data.image_size=(64,64) was no worse on 480 photographs, and faster")
     elif "train.epochs" in left and epochs < FEW_EPOCHS:
         say(f"--config.train.steps={FEW_EPOCHS * steps_per_epoch} or more may do better")
     return completed(config, found), sources, opened
