@@ -49,7 +49,8 @@ def write_page(workdir: Path, results: dict[str, Any]) -> Path:
 
 def _history(workdir: Path, trial: int) -> list[tuple[float, float]]:
     rows = read_metrics(workdir / f"trials/{trial:03d}/metrics.jsonl")
-    return [(row["epoch"], row["top1"]) for row in rows if row["split"] == "validation"]
+    rows = [row for row in rows if row["split"] == "validation" and row.get("top1") is not None]
+    return [(row["epoch"], row["top1"]) for row in rows]
 
 
 def _keys(results: dict[str, Any]) -> dict[str, Any]:
@@ -62,16 +63,9 @@ def _keys(results: dict[str, Any]) -> dict[str, Any]:
             found[key] = (scale, *bounds)
         else:
             have = [row["point"][key] for row in results["trials"] if key in row["point"]]
-            order = lambda value: (
-                isinstance(value, str),
-                value if type(value) is list else [value],
-            )
+            order = lambda x: (isinstance(x, str), x if type(x) is list else [x])
             found[key] = list(dict.fromkeys(map(report.plain, sorted(have, key=order))))
     return found
-
-
-def _order(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value
 
 
 def _positions(rows: Rows, key: str, axis: Any) -> np.ndarray:
