@@ -29,13 +29,10 @@ def finalists(sweep: Sweep) -> list[dict[str, Any]]:
         seeds = [{"run": run} | scores(sweep, run) for run in sweep.seeded(trial)]
         number = int(trial.partition("/")[2])
         row = {"trial": number, "point": point(sweep, number), "seeds": seeds}
-        row |= {"top1": None, "loss": None, "interval": None}
         top1, loss = ([seed[key] for seed in seeds] for key in ("top1", "loss"))
-        if None not in top1:
-            row |= {"top1": statistics.fmean(top1)}
-            row |= {"loss": None if None in loss else statistics.fmean(loss)}  # not finite
-            row["interval"] = student_interval(top1)
-        rows.append(row)
+        mean = lambda values: None if None in values else statistics.fmean(values)
+        row |= {"top1": mean(top1), "loss": mean(loss)}  # None: failed, or not finite
+        rows.append(row | {"interval": None if None in top1 else student_interval(top1)})
     return rows
 
 
