@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("IMGCLS_RESULTS", ROOT / "benchmarks" / "results"))
 sys.path.insert(0, str(ROOT))  # a program in a folder does not see what is beside the folder
 
 

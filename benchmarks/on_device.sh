@@ -3,15 +3,20 @@
 #
 #     bash benchmarks/on_device.sh FOLDER [--config.key=value of cifar10 ...]
 #
-# FOLDER gets the runs, a log of each part and on_device.json; a summary is printed.
+# FOLDER gets the runs, a log of each part and on_device.json; a summary is printed. The exit code is 1
+# where a part failed.
 set -u
-[ $# -gt 0 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
+[ $# -gt 0 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 shift
 cd "$(dirname "$0")/.."
-rm -rf "$out"/{digits,cifar10,resumed,two,parts.tsv}
-deadline=$((SECONDS + 470))
+# What an earlier start left.
+rm -rf "$out"/{digits,cifar10,resumed,two,parts.tsv,{train_step,on_device}.json}
+rm -f "$out"/{digits,cifar10,resumed,stopped,train_step,tests,two_processes}.log
+deadline=$((SECONDS + 465))
+device='import jax; print(jax.default_backend(), jax.device_count())'
+read -r backend devices <<< "$(timeout 60 python -c "$device" | tail -1)"
+[ -n "$backend" ] || { echo "error: JAX cannot start here" >&2; exit 1; }
 
 # part NAME SECONDS COMMAND...: notes the exit code (124: it took too long) and the seconds.
 part() {
@@ -46,7 +51,9 @@ stopped() {  # SIGTERM in the middle, then the same command
     wait $process
     [ $? -eq 143 ] || return 1
     "${command[@]}" || return 1
-    if cmp -s {"$out/resumed","$out/digits"}/predictions.npz; then
+    if [ ! -e "$out/digits/results.json" ]; then
+        echo "there is no run that was not stopped"
+    elif cmp -s {"$out/resumed","$out/digits"}/predictions.npz; then
         echo "the same bits as the run that was not stopped"
     else
         echo "other bits than the run that was not stopped"
@@ -60,9 +67,11 @@ part cifar10 170 python main.py --config=configs/cifar10.py --workdir="$out/cifa
     --config.model.dtype=bfloat16 --config.train.batch_size=512 --config.train.epochs=2 \
     --config.train.small_epochs=1 "$@"
 part resumed 90 bash -c 'read -ra digits <<< "$digits_command"; stopped'
-part train_step 100 python benchmarks/train_step.py --network cifar10 --repetitions 2
+part train_step 100 env IMGCLS_RESULTS="$out" python benchmarks/train_step.py --network cifar10 \
+    --repetitions 2
 part tests 60 python -m pytest -q -n 0 tests/test_accelerators.py tests/test_platforms.py
-if [ "$(python -c 'import jax; print(jax.default_backend() == "cpu" or jax.device_count() > 1)')" = True ]; then
+# A TPU is one process's.
+if [ "$backend" = cpu ] || { [ "$backend" = gpu ] && [ "$devices" -gt 1 ]; }; then
     part two_processes 60 bash -c 'read -ra digits <<< "$digits_command"; two'
 fi
 
@@ -73,11 +82,13 @@ out, summary = pathlib.Path(sys.argv[1]), {}
 for line in (out / "parts.tsv").read_text().splitlines():
     name, code, seconds = line.split("\t")
     text = (out / f"{name}.log").read_text(errors="replace") if (out / f"{name}.log").exists() else ""
-    part = {"exit_code": int(code), "seconds": int(seconds), "last_lines": text.splitlines()[-3:]}
+    part = {"exit_code": int(code), "seconds": int(seconds), "last_lines": text.splitlines()[-9:]}
     if (results := out / name / "results.json").exists():
         found = json.loads(results.read_text())
         keys = ("device", "versions", "git_commit", "top1", "images_per_second", "seconds")
         part["results"] = {key: found.get(key) for key in keys}
+    if (figures := out / f"{name}.json").exists():
+        part["figures"] = json.loads(figures.read_text())
     summary[name] = part
 (out / "on_device.json").write_text(json.dumps(summary, indent=2))
 for name, part in summary.items():
@@ -86,4 +97,5 @@ for name, part in summary.items():
     told = told or [line.strip() for line in part["last_lines"][-1:]]
     print(f"{name}: exit code {part['exit_code']}, {part['seconds']} s, {', '.join(told)}")
 print(f"written: {out / 'on_device.json'}")
+sys.exit(any(part["exit_code"] for part in summary.values()))
 END

@@ -111,7 +111,7 @@ class Experiment:
                 f"config.train.batch_size={c.train.batch_size} must be a multiple of the "
                 f"{jax.device_count()} devices times config.train.accumulate_steps="
                 f"{c.train.accumulate_steps}: the nearest is "
-                f"{max(round(c.train.batch_size / parts), 1) * parts}"
+                f"{max(min(round(c.train.batch_size / parts), len(train) // parts), 1) * parts}"
             )
         if len(train) < c.train.batch_size:
             raise UserError(

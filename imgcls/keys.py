@@ -78,7 +78,7 @@ KEYS = {
     "data.dir": Key("", PATH, "folder or table of images; TFDS's (empty: TFDS_DATA_DIR)", True),
     "data.train": Key("train", SPLIT, "split string of the training examples"),
     "data.validation": Key("", TEXT, "split string to make choices on; empty: none"),
-    "data.test": Key("test", SPLIT, "split string that is opened once, at the end"),
+    "data.test": Key("test", SPLIT, "split string that is evaluated once, at the end"),
     "data.image_size": Key((32, 32), SIZE, "(height, width) of the input; (): by the pictures"),
     "data.channels": Key(3, Rule(int, lambda x: x in (1, 3), "1 or 3"), "1 (gray) or 3 (RGB)"),
     "data.resize": Key("squash", RESIZES, "the whole image, or crop its centre"),

@@ -1,15 +1,28 @@
 """The mesh, and where arrays live: batches split over `data`, everything else on every device."""
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def is_main() -> bool:
     """Whether this process prints and writes; asks no device unless there are several processes."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """The JSON values that the processes give; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value, default=repr).encode()
+    length = int(np.max(process_allgather(np.int32(len(text)))))
+    rows = process_allgather(np.frombuffer(text.ljust(length), np.uint8))
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def make_mesh() -> Mesh:

@@ -21,7 +21,7 @@ from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say
 from imgcls.run.processes import Agreement
-from imgcls.run.signals import StopSignal
+from imgcls.run.signals import StopSignal, poll
 from imgcls.run.workdir import claim
 from imgcls.train import Run, start_or_resume
 
@@ -53,6 +53,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
         with jax.profiler.trace(workdir / "profile", create_perfetto_trace=True):
             started = time.perf_counter()
             for _ in range(steps):
+                poll()
                 state, metrics = train_step(state, batch, exp.rng)
             jax.block_until_ready(metrics)
             milliseconds = 1000 * (time.perf_counter() - started) / steps

@@ -101,6 +101,8 @@ def train_and_evaluate(
     facts = {"config": config, **machine.describe(), "device": ""}  # devices may differ
     processes.check_same(lambda: configs.flatten(facts) | {"config.data.dir": ""})
     configs.validate(config)
+    if (workdir / "sweep.json").exists():
+        raise UserError(f"{workdir} holds a sweep, not a run: use another --workdir")
     with StopSignal() as stop, claim(workdir):
         checkpoints, weights = Checkpoints(workdir / "checkpoints"), None
         if checkpoints.steps():  # older ones are without a config
@@ -184,12 +186,10 @@ def start_or_resume(run: Run, weights: Any = None) -> tuple[TrainState, dict[str
         if weights:
             state, meta["init_from"] = pretrained.take_over(state, weights, exp)
     found += pretrained.told(meta)
-    dtype, wanted = exp.model.dtype.name, exp.config.model.dtype
-    if dtype != wanted:
-        dtype += f" (no fast {wanted} on this CPU)"
-    name, parameters = exp.config.model.name, count_parameters(state.params)
-    kernels = ", convolutions by oneDNN" if "conv" in exp.ops else ""
-    say(f"{name}: {parameters:,} parameters, {dtype}, {machine.describe()['device']}{kernels}")
+    model, dtype = exp.config.model, exp.model.dtype.name
+    dtype += f" (no fast {model.dtype} on this CPU)" if dtype != model.dtype else ""
+    device = machine.describe()["device"] + ", convolutions by oneDNN" * ("conv" in exp.ops)
+    say(f"{model.name}: {count_parameters(state.params):,} parameters, {dtype}, {device}")
     if resumed:
         say(f"resumed at step {int(state.step)} of {total_steps}")
     signals.poll()

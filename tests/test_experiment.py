@@ -93,6 +93,9 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_with_the_nearest_that_
         UserError, match="batch_size=42 must be a multiple of the 4 .*nearest is 40"
     ):
         Experiment(small_config(train__batch_size=42)).total_steps  # noqa: B018
+    config = small_config(train__batch_size=6)
+    with pytest.raises(UserError, match="nearest is 4$"):  # because there are no 8 examples
+        Experiment(config, splits={"train": random_split(config, examples=7)}).order  # noqa: B018
     # A trained model is used on any number of devices.
     assert Experiment(small_config(train__batch_size=42), class_names=("a", "b")).model
 

@@ -472,3 +472,9 @@ def test_trained_epoch_by_epoch_and_tested_later_a_run_is_the_same(uninterrupted
     assert not (tmp_path / "test_evaluations.jsonl").exists()
     assert_same(train_and_evaluate(config, tmp_path), uninterrupted[0])
     assert outcome(tmp_path) == outcome(uninterrupted[1])
+
+
+def test_a_sweep_s_folder_is_no_run_s(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a sweep, not a run: use another --workdir"):
+        train_and_evaluate(small_config(), tmp_path)

@@ -78,7 +78,7 @@ def evaluate(
         record.keep(workdir, {split: examples})
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         look = json.dumps({"checkpoint": checkpoint, "step": step, "time": now})
-        files.append_line(workdir / "test_evaluations.jsonl", look, sync=True)
+        files.append_line(workdir / "test_evaluations.jsonl", look)
     logits = {name: classifier.logits(part, poll=poll) for name, part in splits.items()}
     fit_on = [(logits[name], splits[name].labels) for name in splits if name == "validation"]
     try:

@@ -22,10 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import process_allgather
 
 from imgcls.errors import CheckpointError, UserError, first_line
-from imgcls.parallel import is_main
+from imgcls.parallel import is_main, of_all_processes
 from imgcls.run.logs import figures_of, read_metrics
 from imgcls.run.workdir import write_json
 
@@ -64,7 +63,7 @@ class Checkpoints:
                     shutil.rmtree(unfinished, ignore_errors=True)  # what a kill left of a save
                     unfinished.unlink(missing_ok=True)  # or a stray file of such a name
             self._scores = self._read_scores()
-        if not read_only and self._has_set_aside():
+        if not read_only and self._had_some():
             self.find("latest")  # or the error that there is none
 
     @property
@@ -177,10 +176,10 @@ class Checkpoints:
     def find(self, which: str) -> int:
         """The step of "latest", "best" or a step's number."""
         steps = self.steps()
-        if not steps and self._has_set_aside():
+        if not steps and self._had_some():
             raise CheckpointError(
-                f"{self._directory}: none of the checkpoints can be read; they are kept as "
-                "damaged-*; restore a copy of them, or start again in another --workdir"
+                f"{self._directory}: none of the checkpoints is there and whole (damaged ones are "
+                "kept as damaged-*): restore a copy of them, or start again in another --workdir"
             )
         if not steps:
             raise CheckpointError(f"{self._directory} holds no checkpoint: train first")
@@ -206,7 +205,7 @@ class Checkpoints:
         except Exception as error:
             failure = _blame(path, error)
             failed = (1 if isinstance(failure, _Damaged) else 2, str(failure))
-        worst, text = max(_of_all_processes(failed))
+        worst, text = max(of_all_processes(failed))
         if worst:
             raise (_Damaged if worst == 1 else CheckpointError)(text)
         return jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in wanted]), meta
@@ -243,8 +242,9 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def _has_set_aside(self) -> bool:
-        return bool(self._damaged) or any(self._directory.glob("damaged-[0-9]*"))
+    def _had_some(self) -> bool:
+        evaluated = self._directory.with_name("results.json").exists()
+        return bool(self._damaged) or evaluated or any(self._directory.glob("damaged-[0-9]*"))
 
     @contextlib.contextmanager
     def _guarded(self, doing: str) -> Iterator[None]:
@@ -326,7 +326,7 @@ def _as_held(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 
 def _describe(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, Any]:
     """Shape, dtype and {ranges: SHA-256} of each; a process hashes the parts that it holds."""
-    hashes = _of_all_processes({name: _hashes(leaf) for name, leaf in leaves.items()})
+    hashes = of_all_processes({name: _hashes(leaf) for name, leaf in leaves.items()})
     merged = lambda name: {r: h for own in hashes for r, h in own[name].items()}
     return {
         name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": merged(name)}
@@ -351,16 +351,6 @@ def _hashes(leaf: jax.Array | np.ndarray, ranges: Iterable[str] = ("[]",)) -> di
 
 def _hash_json(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _of_all_processes(value: Any) -> list[Any]:
-    """The JSON values that the processes give."""
-    if jax.process_count() == 1:
-        return [value]
-    text = json.dumps(value).encode()
-    length = int(np.max(process_allgather(np.int32(len(text)))))
-    rows = process_allgather(np.frombuffer(text.ljust(length), np.uint8))
-    return [json.loads(row.tobytes()) for row in rows]
 
 
 def _check_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -52,10 +52,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def append_line(path: Path, line: str, *, sync: bool = False) -> None:
-    """Appends a line to a file, and first ends one that a kill tore. A link is an OSError.
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file, on the disk, and first ends one that a kill tore.
 
-    With `sync` the line is on the disk when this returns.
+    A link is an OSError.
     """
     with open(path, "a+b", opener=_open_no_link) as file:
         if file.tell():
@@ -64,8 +64,7 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
                 file.write(b"\n")
         file.write(line.encode() + b"\n")
         file.flush()
-        if sync:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
 
 
 def _open_no_link(path: str | Path, flags: int) -> int:

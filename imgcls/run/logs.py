@@ -231,7 +231,7 @@ def read_lines(path: Path, accepts: Callable[[dict[str, Any]], Any] = bool) -> l
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    number = lambda value: type(value) in (int, float) and abs(value) < 1e15
+    number = lambda value, limit=1e39: type(value) in (int, float) and abs(value) < limit
     right_type = isinstance(row.get("split"), str) and type(row.get("step")) is int
     others = [value for key, value in row.items() if key != "split" and value is not None]
-    return right_type and number(row.get("epoch")) and all(map(number, others))
+    return right_type and number(row.get("epoch"), 1e15) and all(map(number, others))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import psutil
 from filelock import FileLock, Timeout
 
-from imgcls.errors import CheckpointError
+from imgcls.errors import CheckpointError, UserError, first_line
 from imgcls.run.files import cache_folder
 
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
@@ -34,8 +34,16 @@ def start() -> None:
     """To be called once by a process, before JAX computes anything."""
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         keep_programs()
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # there is none, or another process has it
+        raise UserError(
+            f"JAX cannot start with JAX_PLATFORMS={platforms} ({first_line(error)}): free the "
+            "device, install its plugin, or set JAX_PLATFORMS=cpu"
+        ) from error
     visible = accelerators()
-    if visible and jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+    if visible and backend == "cpu" != platforms:
         logging.warning(
             "THIS MACHINE HAS AN ACCELERATOR (%s) BUT JAX RUNS ON THE CPU: install jax[cuda13] or "
             "jax[tpu] as the README says, or set JAX_PLATFORMS=cpu to silence this",

@@ -5,7 +5,6 @@ workdir, prints, and writes anything but checkpoints, in which all take part.
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -18,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from imgcls.errors import ImgclsError, PeerError, Stopped, UserError, first_line
-from imgcls.parallel import is_main, make_mesh, put_batch, replicated
+from imgcls.parallel import is_main, make_mesh, of_all_processes, put_batch, replicated
 from imgcls.run.logs import say
 from imgcls.run.signals import StopSignal, in_thread
 
@@ -130,10 +128,7 @@ def check_same(facts: Callable[[], dict[str, Any]]) -> None:
     """Raises UserError in all processes of this run where `facts()` differ; all must call it."""
     if not jax.distributed.is_initialized():
         return
-    text = json.dumps(facts(), default=repr).encode()
-    size = int(process_allgather(np.int32(len(text))).max())
-    rows = process_allgather(np.frombuffer(text.ljust(size), np.uint8))
-    first, *others = (json.loads(row.tobytes()) for row in rows)
+    first, *others = of_all_processes(facts())
     differing = [
         f"{key} is {first.get(key)} in process 0, {other.get(key)} in process {i}"
         for i, other in enumerate(others, 1)

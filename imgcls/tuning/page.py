@@ -30,7 +30,6 @@ def write_page(workdir: Path, results: dict[str, Any]) -> Path:
     ranked = sorted(good, key=lambda row: (row["epoch"], row["top1"]), reverse=True)
     show = lambda draw, *data, size: figure(draw, *data, size=size) if good else None
     histories = [(row["trial"], _history(workdir, row["trial"])) for row in ranked[:CURVES]]
-    tall = 56 + 32 * len(results["finalists"])
     return report.write_page(
         workdir / "sweep.html",
         "sweep.html.j2",
@@ -43,13 +42,14 @@ def write_page(workdir: Path, results: dict[str, Any]) -> Path:
         slices={key: show(_slice, trials, key, keys[key], size=(440, 230)) for key in keys},
         parallel=show(_parallel, ranked[::-1], keys, size=(900, 300)) if len(keys) > 1 else None,
         importance=_importance(good, keys),
-        finalists=_finalists_figure(results, tall),
+        finalists=_finalists_figure(results),
     )
 
 
 def _history(workdir: Path, trial: int) -> list[tuple[float, float]]:
     rows = read_metrics(workdir / f"trials/{trial:03d}/metrics.jsonl")
-    return [(row["epoch"], row["top1"]) for row in rows if row["split"] == "validation"]
+    rows = [row for row in rows if row["split"] == "validation" and row.get("top1") is not None]
+    return [(row["epoch"], row["top1"]) for row in rows]
 
 
 def _keys(results: dict[str, Any]) -> dict[str, Any]:
@@ -62,16 +62,9 @@ def _keys(results: dict[str, Any]) -> dict[str, Any]:
             found[key] = (scale, *bounds)
         else:
             have = [row["point"][key] for row in results["trials"] if key in row["point"]]
-            order = lambda value: (
-                isinstance(value, str),
-                value if type(value) is list else [value],
-            )
+            order = lambda x: (isinstance(x, str), x if type(x) is list else [x])
             found[key] = list(dict.fromkeys(map(report.plain, sorted(have, key=order))))
     return found
-
-
-def _order(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value
 
 
 def _positions(rows: Rows, key: str, axis: Any) -> np.ndarray:
@@ -202,7 +195,7 @@ def _importance(good: Rows, keys: dict[str, Any]) -> Markup | None:
     return figure(draw, size=(600, 60 + 30 * len(keys)))
 
 
-def _finalists_figure(results: dict[str, Any], height: int) -> Markup | None:
+def _finalists_figure(results: dict[str, Any]) -> Markup | None:
     rows = [row for row in results["finalists"] if row["top1"] is not None]
 
     def draw(axes: Axes) -> str:
@@ -218,4 +211,4 @@ def _finalists_figure(results: dict[str, Any], height: int) -> Markup | None:
         axes.grid(axis="x")
         return "; ".join(f"trial {row['trial']} {100 * row['top1']:.2f}%" for row in rows)
 
-    return figure(draw, size=(600, height)) if rows else None
+    return figure(draw, size=(600, 56 + 32 * len(rows))) if rows else None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from imgcls.config import from_json
+from imgcls.config import from_json, to_json
 from imgcls.errors import UserError
 from imgcls.run.logs import read_metrics
 from imgcls.run.workdir import read_json
@@ -16,8 +16,9 @@ from imgcls.tuning import space as spaces
 
 Value = tuple[float, float]  # top-1 and minus the loss: the more the better
 FAILED = (-1.0, -math.inf)  # the value of a run without one
-KEYS = {"config", "space", "trials", "rungs", "keep", "finalists", "seeds", "search", "seed"}
-KEYS |= {"cores", "test", "keep_checkpoints"}
+PLAN = {"config": dict, "space": dict, "trials": int, "rungs": list, "keep": float}
+PLAN |= {"finalists": int, "seeds": int, "search": str, "seed": int, "cores": int}
+PLAN |= {"test": bool, "keep_checkpoints": bool}
 
 
 class Job(NamedTuple):
@@ -67,7 +68,8 @@ class Sweep:
                 if other["split"] == "validation" and other["epoch"] == job.epoch:
                     row = other
             if row is not None:
-                self._values[job] = (row.get("top1") or 0.0, -row["loss"])
+                loss = math.inf if row.get("loss") is None else row["loss"]  # null: not finite
+                self._values[job] = (row.get("top1") or 0.0, -loss)
             elif (folder / "failed.json").exists():
                 self._values[job] = FAILED
         return self._values.get(job)
@@ -81,7 +83,7 @@ class Sweep:
             yield [Job(run, epoch) for run in self.alive]
             keep = 0 if after is None else math.ceil(len(self.alive) * self.plan["keep"])
             ranked = self.ranked(self.alive, epoch)[: max(keep, self.plan["finalists"])]
-            best = {*ranked, self.alive[0]}  # the config as it is comes to the end
+            best = {*ranked, "trials/000"}  # the config as it is comes to the end
             self.alive = [r for r in self.alive if r in best and self.succeeded(Job(r, epoch))]
         yield [Job(run, self.rungs[-1]) for trial in self.alive for run in self.seeded(trial)]
         if self.plan["test"] and (best := self.finalists())[:1]:
@@ -141,6 +143,6 @@ def read_plan(workdir: Path) -> dict[str, Any]:
     """sweep.json. Raises UserError where it is missing or broken."""
     path = workdir / "sweep.json"
     plan = read_json(path)
-    if plan.keys() != KEYS:
+    if {key: type(value) for key, value in plan.items()} != PLAN:
         raise UserError(f"{path} is no plan of a sweep: restore it, or use another --workdir")
-    return plan
+    return plan | {"config": to_json(from_json(plan["config"]))}  # an older one lacks keys

@@ -12,13 +12,12 @@ import json
 import math
 import runpy
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgcls.config import default_config, flatten, from_json, to_json
-from imgcls.errors import UserError, meant
+from imgcls.errors import UserError, first_line, meant
 from imgcls.keys import KEYS
 
 Space = dict[str, Any]
@@ -42,8 +41,6 @@ def read_space(specs: Sequence[str]) -> Space:
         key, _, values = spec.partition("=")
         try:
             if spec.endswith(".py") and not values:
-                if not Path(spec).is_file():
-                    raise UserError(f"--space={spec} does not exist")
                 space |= runpy.run_path(spec)["get_space"]()
                 continue
             node = ast.parse(values.strip(), mode="eval").body
@@ -51,11 +48,12 @@ def read_space(specs: Sequence[str]) -> Space:
                 space[key.strip()] = (node.func.id, *map(ast.literal_eval, node.args))
             else:
                 space[key.strip()] = ast.literal_eval(node)
-        except (SyntaxError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever the file raises
             raise UserError(
-                f"--space={spec} cannot be read ({error}): name a file with get_space(), or "
-                'KEY=VALUES such as "optim.learning_rate=log(0.01, 1)", "train.batch_size=[8, 16]"'
-            ) from None
+                f"--space={spec} cannot be read ({first_line(error)}): name a file with "
+                'get_space(), or KEY=VALUES such as "optim.learning_rate=log(0.01, 1)", '
+                '"train.batch_size=[8, 16]"'
+            ) from error
     return canonical(space)
 
 
@@ -73,18 +71,18 @@ def canonical(space: Space) -> Space:
             scale, *bounds = spec
             _check_range(key, scale, bounds)
             found[key] = {scale: bounds}
-        elif isinstance(spec, list):
-            if not spec:
-                raise UserError(f"--space: {key} has no values")
-            found[key] = [canonical(c) if isinstance(c, dict) else c for c in spec]
         else:
-            found[key] = [spec]
+            choices = spec if isinstance(spec, list) else [spec]
+            kinds = str | int | float | tuple | list | dict
+            if not choices or not all(isinstance(choice, kinds) for choice in choices):
+                raise UserError(f"--space: {key}={spec} must be a list of values, such as [8, 16]")
+            found[key] = [canonical(c) if isinstance(c, dict) else c for c in choices]
     return json.loads(json.dumps(found))
 
 
 def _check_range(key: str, scale: str, bounds: Sequence[Any]) -> None:
     within = {"log": (0, math.inf), "reverse_log": (-math.inf, 1)}.get(scale, (-math.inf, math.inf))
-    right = scale in SCALES and len(bounds) == 2 and all(type(b) in (int, float) for b in bounds)
+    right = scale in SCALES and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
     if not right or not within[0] < bounds[0] < bounds[1] < within[1]:
         given = ", ".join(map(str, bounds))
         raise UserError(
@@ -117,11 +115,12 @@ def point(space: Space, cube: dict[str, float], prefix: str = "") -> dict[str, A
         else:
             ((scale, (low, high)),) = spec.items()
             there, back = SCALES[scale]
-            whole = type(low) is type(high) is int
+            whole = type(low) is type(high) is int and scale != "reverse_log"
             a, b = there(low), there(high + whole)
             value = back(a + x * (b - a))
             # Four digits, so that what a table shows is what was trained.
-            values[key] = min(int(value), high) if whole else float(f"{value:.4g}")
+            rounded = int(value) if whole else float(f"{value:.4g}")
+            values[key] = min(max(rounded, low), high)
     return values
 
 
@@ -153,16 +152,9 @@ def tpe_cube(
     """Where the tree-structured Parzen estimator (Bergstra et al. 2011) would look next.
 
     A pure function of the places in the cube that were tried, with their results (more is better).
-
-    Raises:
-        UserError: optuna, which has the estimator, is not installed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(
-            "--search=tpe needs optuna: pip install -r requirements-optuna.txt"
-        ) from None
+    import optuna  # which `sweep.start` has asked for
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds: dict[str, Any] = {
         name: optuna.distributions.CategoricalDistribution(range(len(spec)))
@@ -173,7 +165,8 @@ def tpe_cube(
     index = lambda name, x: min(int(x * len(kinds[name].choices)), len(kinds[name].choices) - 1)
     is_choice = lambda name: isinstance(kinds[name], optuna.distributions.CategoricalDistribution)
     study = optuna.create_study(
-        direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=0),
     )
     for cube, value in earlier:
         params = {n: index(n, x) if is_choice(n) else x for n, x in cube.items()}

@@ -27,13 +27,12 @@ def finalists(sweep: Sweep) -> list[dict[str, Any]]:
     rows = []
     for trial in sweep.finalists():
         seeds = [{"run": run} | scores(sweep, run) for run in sweep.seeded(trial)]
-        row = {"trial": int(trial[-3:]), "point": point(sweep, int(trial[-3:])), "seeds": seeds}
-        row |= {"top1": None, "loss": None, "interval": None}
+        number = int(trial.partition("/")[2])
+        row = {"trial": number, "point": point(sweep, number), "seeds": seeds}
         top1, loss = ([seed[key] for seed in seeds] for key in ("top1", "loss"))
-        if None not in top1:
-            row |= {"top1": statistics.fmean(top1), "loss": statistics.fmean(loss)}
-            row["interval"] = student_interval(top1)
-        rows.append(row)
+        mean = lambda values: None if None in values else statistics.fmean(values)
+        row |= {"top1": mean(top1), "loss": mean(loss)}  # None: failed, or not finite
+        rows.append(row | {"interval": None if None in top1 else student_interval(top1)})
     return rows
 
 
@@ -140,7 +139,8 @@ def _edge(key: str, spec: dict[str, Any], point: dict[str, Any]) -> list[str]:
     if key not in point:
         return []
     ((scale, bounds),) = spec.items()
-    low, value, high = (SCALES[scale][0](x) for x in (bounds[0], point[key], bounds[1]))
+    inside = min(max(point[key], bounds[0]), bounds[1])  # the config's own may be outside
+    low, value, high = (SCALES[scale][0](x) for x in (bounds[0], inside, bounds[1]))
     if EDGE < (value - low) / (high - low) < 1 - EDGE:
         return []
     side = "lower" if value - low < high - value else "upper"

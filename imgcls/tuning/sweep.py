@@ -12,6 +12,7 @@ config itself is. The test split stays closed; --test opens it at the end, for t
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -37,20 +38,10 @@ from imgcls.run import cli, files, signals
 from imgcls.run.logs import say
 from imgcls.run.workdir import read_json, write_json
 from imgcls.tuning import space as spaces
-from imgcls.tuning import summary
+from imgcls.tuning import summary, worker
 from imgcls.tuning.page import write_page
-from imgcls.tuning.plan import Sweep, read_plan
+from imgcls.tuning.plan import PLAN, Sweep, read_plan
 from imgcls.tuning.progress import Progress
-from imgcls.tuning.worker import (
-    POLL_SECONDS,
-    AtWork,
-    Child,
-    as_error,
-    check,
-    claim,
-    refused,
-    stop_all,
-)
 
 NETWORK = ("nfs", "nfs4", "lustre", "smbfs", "cifs", "fuse.sshfs")
 check_flags, more_help = arguments.check_flags, arguments.describe
@@ -77,7 +68,7 @@ def sweep(
     Raises:
         UserError, CheckpointError, ImgclsError: as the command would end.
     """
-    workdir = Path(workdir)
+    workdir = Path(os.path.expanduser(workdir))
     start(workdir, config, spaces.canonical(space), **plan)
     command = [sys.executable, "-m", "imgcls", "sweep", f"--workdir={workdir.absolute()}"]
     root = str(Path(imgcls.train.__file__).parents[1])
@@ -89,7 +80,7 @@ def sweep(
         for line in process.stdout or ():
             say(last := line.rstrip("\n"))
     if process.returncode:
-        raise as_error(process.returncode, last)
+        raise worker.as_error(process.returncode, last)
     return read_json(workdir / "results.json")
 
 
@@ -117,27 +108,32 @@ def start(
     if any(key.startswith("train.") for key in left_open(config)):  # trials decide the rest
         found = flatten(resolve(config)[0])
         config = completed(config, {k: v for k, v in found.items() if k.startswith("train.")})
-    if config.train.patience:
-        raise UserError("config.train.patience must be 0 in a sweep")
-    if not config.data.validation:
-        raise UserError("a sweep chooses on validation: set config.data.validation")
-    every = config.train.validate_every_epochs
-    for rung in rungs:
-        if not 0 < rung < config.train.epochs or rung % every:
-            raise UserError(
-                f"--rungs: {rung} must be a multiple of config.train.validate_every_epochs={every} "
-                f"under config.train.epochs={config.train.epochs}"
-            )
-    if list(rungs) != sorted(set(rungs)):
-        raise UserError(f"--rungs={','.join(map(str, rungs))} must rise")
-    plan = {"config": to_json(config), "space": space, "rungs": list(rungs), "keep": keep}
+    every, epochs = config.train.validate_every_epochs, config.train.epochs
+    rising = list(rungs) == sorted({r for r in rungs if 0 < r < epochs and r % every == 0})
+    counts = {"trials": trials, "finalists": finalists, "seeds": seeds, "cores": cores}
+    wrong = {f"--{name}={n} must be at least 1": n < 1 for name, n in counts.items()} | {
+        f"--rungs={','.join(map(str, rungs))} must rise, in multiples of config.train."
+        f"validate_every_epochs={every} under config.train.epochs={epochs}": not rising,
+        f"--keep={keep} must be from 0 to 1": not 0 <= keep <= 1,
+        f"--search={search} must be halton or tpe": search not in ("halton", "tpe"),
+        "--search=tpe needs optuna: pip install -r requirements-optuna.txt": (
+            search == "tpe" and importlib.util.find_spec("optuna") is None
+        ),
+        f"config.seed={config.seed} must be lower, for --seeds={seeds}": (
+            config.seed + seeds >= 2**63
+        ),
+        "config.train.patience must be 0 in a sweep": config.train.patience,
+        "a sweep chooses on validation: set config.data.validation": not config.data.validation,
+    }
+    for why in [why for why in wrong if wrong[why]]:
+        raise UserError(why)
+    plan = {"config": to_json(config), "space": space, "rungs": list(rungs), "keep": float(keep)}
     plan |= {"finalists": finalists, "seeds": seeds, "search": search, "seed": seed}
-    plan |= {"cores": cores}  # because their number decides the last bits
-    plan |= {"trials": trials if space else 1}
+    plan |= {"trials": trials if space else 1, "cores": cores}  # which decides the last bits
     points, _ = spaces.halton_points(space, config, trials, seed)
     for point in points:  # before anything is trained
         spaces.config_at(config, point)
-    with files.lock(workdir / ".lock", busy=lambda process: None, refused=refused(workdir)):
+    with files.lock(workdir / ".lock", busy=lambda process: None, refused=worker.refused(workdir)):
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run, not a sweep: use another --workdir")
         if path.exists():
@@ -166,15 +162,15 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
         Stopped: on a signal, after every job has saved; the same command goes on.
         CheckpointError, UserError, ImgclsError: a job ended by what is not its own fault.
     """
-    sweep, at_work = Sweep(workdir), dict[int, AtWork]()
+    sweep, at_work = Sweep(workdir), dict[int, worker.AtWork]()
     _warn_of_network(workdir)
     with signals.StopSignal() as stop, contextlib.ExitStack() as stack:
-        data = Child(partial(_prepare, sweep.config), workdir / "log.txt")
-        stack.callback(lambda: stop_all([data, *(b.child for b in at_work.values())], stop))
+        data = worker.Child(partial(_prepare, sweep.config), workdir / "log.txt")
+        stack.callback(lambda: worker.stop_all([data, *(b.child for b in at_work.values())], stop))
         while not data.poll():
             if stop.requested:
                 raise stop.stopped("every trial is saved; the same command goes on")
-            time.sleep(POLL_SECONDS)
+            time.sleep(worker.POLL_SECONDS)
         data.check()
         progress = stack.enter_context(Progress(sweep, workers))
         while True:
@@ -183,16 +179,16 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
                 break
             for slot in range(workers):
                 if slot not in at_work:
-                    at_work |= claim(sweep, missing, slot)
+                    at_work |= worker.claim(sweep, missing, slot)
                 elif at_work[slot].child.poll():
                     ended = at_work.pop(slot)
                     ended.claim.close()
-                    check(sweep, ended)
+                    worker.check(sweep, ended)
                     progress.ended(ended.job)
             progress.show(stage, {slot: busy.job for slot, busy in at_work.items()})
             if stop.requested:
                 raise stop.stopped("every trial is saved; the same command goes on")
-            time.sleep(POLL_SECONDS)
+            time.sleep(worker.POLL_SECONDS)
         if not sweep.plan["keep_checkpoints"]:
             _tidy(sweep)
         results = summary.write(sweep)
@@ -216,7 +212,7 @@ def _tidy(sweep: Sweep) -> None:
 def _warn_of_network(workdir: Path) -> None:
     mounts = {p.mountpoint: p.fstype for p in psutil.disk_partitions(all=True)}
     folders = (workdir.absolute(), *workdir.absolute().parents)
-    kind = next(mounts[str(folder)] for folder in folders if str(folder) in mounts)
+    kind = next((mounts[str(folder)] for folder in folders if str(folder) in mounts), "")
     if kind in NETWORK:
         told = "%s is on %s, where locks may not hold between machines: use one at a time"
         logging.warning(told, workdir, kind)
@@ -249,15 +245,17 @@ def main(_: list[str]) -> None:
     f, workdir = flags.FLAGS, cli.required_workdir()
     if f.config is None and not (workdir / "sweep.json").exists():
         raise UserError("--config is missing: try --config=configs/digits.py")
-    if f.config is not None:
-        try:
-            rungs = tuple(map(int, f.rungs))
-        except ValueError:
-            raise UserError(f"--rungs={','.join(f.rungs)} must be epochs, such as 2,5") from None
-        names = ("trials", "keep", "finalists", "seeds", "search", "seed", "cores", "test")
-        given: dict[str, Any] = {name: f[name].value for name in (*names, "keep_checkpoints")}
-        config = f.config.copy_and_resolve_references()
-        start(workdir, config, spaces.read_space(f.space), rungs=rungs, **given)
+    saved = read_plan(workdir) if f.config is None else {}  # what is not given is as it was
+    config = from_json(saved["config"]) if saved else f.config.copy_and_resolve_references()
+    given = [name for name in PLAN.keys() - {"config"} if not saved or f[name].present]
+    plan = saved | {name: f[name].value for name in given} | {"config": config}
+    if "space" in given:
+        plan["space"] = spaces.read_space(f.space)
+    try:
+        plan["rungs"] = tuple(map(int, plan["rungs"]))
+    except ValueError:
+        raise UserError(f"--rungs={','.join(f.rungs)} must be epochs, such as 2,5") from None
+    start(workdir, **plan)
     try:
         results = work(workdir, f.workers)
     except OSError as error:  # of the sweep's own files; a trial's are its process's

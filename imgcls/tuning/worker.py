@@ -59,8 +59,8 @@ class Child:
 
 def as_error(code: int, line: str) -> ImgclsError:
     """The error behind the exit code and the last line of a process."""
-    kind = {2: UserError, 4: CheckpointError}.get(code, ImgclsError)
-    return kind(line.removeprefix("error: "))
+    kinds = {kind.exit_code: kind for kind in ImgclsError.__subclasses__() if kind.exit_code > 1}
+    return kinds.get(code, ImgclsError)(line.removeprefix("error: "))
 
 
 class AtWork(NamedTuple):
@@ -108,7 +108,7 @@ def claim(sweep: Sweep, jobs: list[Job], slot: int) -> dict[int, AtWork]:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(files.lock(lock, busy=_busy, refused=refused(sweep.workdir)))
-            except _Busy:
+            except BlockingIOError:
                 continue
             if sweep.value(job) is None:
                 jobs.remove(job)
@@ -121,12 +121,8 @@ def claim(sweep: Sweep, jobs: list[Job], slot: int) -> dict[int, AtWork]:
     return {}
 
 
-class _Busy(Exception):
-    """Another process has the job."""
-
-
 def _busy(process: str) -> None:
-    raise _Busy
+    raise BlockingIOError
 
 
 def refused(workdir: Path) -> Callable[[str], str]:
@@ -152,22 +148,33 @@ def _train(sweep: Sweep, job: Job) -> None:
         if known is None or (isinstance(error, UserError) and not sweep.point(job.run)):
             raise
         complain(f"error: {known}")
-        fail(sweep, job, known.exit_code, str(known))
+        fail(sweep, job, known)
 
 
-def fail(sweep: Sweep, job: Job, code: int, why: str) -> None:
-    write_json(sweep.folder(job.run) / "failed.json", {"exit_code": code, "why": why})
+def fail(sweep: Sweep, job: Job, error: ImgclsError) -> None:
+    """Writes why a run has no result; raises it if the run was trained, and is to be tested."""
+    if job.epoch is None:
+        raise error
+    why = {"exit_code": error.exit_code, "why": str(error)}
+    write_json(sweep.folder(job.run) / "failed.json", why)
 
 
 def check(sweep: Sweep, ended: AtWork) -> None:
-    """Raises what ended a process, unless it was a signal: then the job comes again, or fails."""
+    """Raises what ended a process, unless it was a signal: then the job comes again, or fails.
+
+    Signals that ask a run to stop are no failure of the job.
+    """
     ended.child.check()
-    if (code := ended.child.code) < 0:
-        deaths = sweep.folder(ended.job.run) / "deaths.jsonl"
+    code, folder = ended.child.code, sweep.folder(ended.job.run)
+    if code == 0 and sweep.value(ended.job) is None:
+        told = f"its result is not in {folder}: delete that folder, and run the same command again"
+        raise CheckpointError(f"{ended.job.run} has ended, but {told}")
+    if code < 0 and -code not in signals.EXIT_CODES:
+        deaths = folder / "deaths.jsonl"
         files.append_line(deaths, json.dumps({"signal": -code}))
         if len(read_lines(deaths)) >= DEATHS:
             why = f"its process was ended {DEATHS} times by signal {-code} (out of memory?)"
-            fail(sweep, ended.job, code, why)
+            fail(sweep, ended.job, ImgclsError(why))
 
 
 def stop_all(children: Sequence[Child], stop: signals.StopSignal) -> None:

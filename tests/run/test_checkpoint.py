@@ -347,6 +347,13 @@ def test_nothing_good_left_is_an_error_and_never_a_fresh_start(tmp_path):
             Checkpoints(tmp_path)
 
 
+def test_results_without_a_checkpoint_are_no_place_for_a_fresh_start(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    for read_only in (False, True):
+        with pytest.raises(CheckpointError, match="none of the checkpoints is there"):
+            Checkpoints(tmp_path / "checkpoints", read_only=read_only).find("latest")
+
+
 def test_links_lead_no_write_elsewhere(tmp_path):
     outside = tmp_path / "outside"
     saved(outside, [0.5]).close()

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from imgcls import parallel
 from imgcls.errors import UserError
-from imgcls.run import processes
 from imgcls.run.processes import check_same, session
 from tests.helpers import ROOT, flags_of, small_config
 from tests.test_faults import final_arrays, read_until
@@ -130,7 +130,8 @@ def test_processes_that_differ_are_told_what_differs(monkeypatch):
 
     check_same(lambda: pytest.fail("a process alone compares nothing"))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(processes, "process_allgather", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "process_allgather", gather)
     expected = r"differ: config.optim.learning_rate is 0.1 in process 0, 0.5 in process 1\."
     with pytest.raises(UserError, match=expected):
         check_same(lambda: ours)

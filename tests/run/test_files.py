@@ -77,7 +77,7 @@ def test_an_appended_line_stands_alone_whatever_a_kill_left(tmp_path):
     append_line(path, "one")
     with path.open("a") as file:
         file.write("to")
-    append_line(path, "two", sync=True)
+    append_line(path, "two")
     append_line(path, "drei ü")
     assert path.read_text(encoding="utf-8") == "one\nto\ntwo\ndrei ü\n"
 

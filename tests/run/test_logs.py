@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imgcls.run.logs import progress
+from imgcls.run.logs import MetricWriter, progress, read_metrics
 from imgcls.train import log_row
 
 
@@ -53,3 +53,13 @@ def test_the_progress_bar_keeps_its_bar_the_count_and_the_time_left_and_fits(mon
     )
     assert columns < 80 or all("loss 1.2346  top1 0.5123" in line for line in shown)
     assert columns < 200 or "epoch 25.32/50  12346 images/s" in shown[-1]
+
+
+def test_rows_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with contextlib.closing(MetricWriter(tmp_path, start_step=0, validated_step=0)) as writer:
+        synced.clear()
+        writer.write({"step": 1, "epoch": 0.5, "split": "train", "loss": 1e30})
+        assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 1e30

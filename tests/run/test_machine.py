@@ -226,3 +226,12 @@ def test_a_container_s_memory_is_what_counts(container):
     compiled = jax.jit(lambda: jnp.zeros(1000)).lower().compile()
     with pytest.raises(MemoryError, match="0.0 are free"):
         machine.check_memory(compiled)
+
+
+def test_a_device_that_cannot_be_had_is_an_error_of_one_line(monkeypatch):
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'tpu': it is in use by process 5\n...")
+
+    monkeypatch.setattr(jax, "default_backend", fails)
+    with pytest.raises(UserError, match=r"^JAX cannot start with .* process 5\): free the device"):
+        machine.start()

@@ -25,6 +25,9 @@ SPACE = {
 }
 
 
+NEAR_ONE = ("reverse_log", 0.9, 0.99999)
+
+
 def points(space=SPACE, trials=40, seed=0, config: ConfigDict | None = None):
     return halton_points(canonical(space), config or small_config(), trials, seed)[0]
 
@@ -104,15 +107,37 @@ def test_a_space_is_read_from_files_and_from_words(tmp_path):
         ("optim.ema_decay=reverse_log(0.9, 1.0)", "under 1"),
         ("optim.learning_rate", "KEY=VALUES"),
         ("optim.learning_rate=os.remove('x')", "KEY=VALUES"),
-        ("train.batch_size=[]", "has no values"),
+        ("train.batch_size=[]", "must be a list of values"),
+        ("train.batch_size={8, 16}", "must be a list of values"),
+        ("optim.learning_rate=1j", "must be a list of values"),
         ("train.epochs=[1, 2]", "must be the same in all trials"),
-        ("nowhere.py", "does not exist"),
+        ("nowhere.py", "No such file"),
     ],
 )
 def test_what_is_no_space_is_refused_in_a_sentence(spec, told):
     with pytest.raises(UserError) as error:
         read_space([spec])
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "1 / 0", "def get_space(): pass", "get_space = 5", "("])
+def test_a_file_that_gives_no_space_is_named(tmp_path, source):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(UserError, match=r"mine\.py cannot be read .*: name a file with get_space"):
+        read_space([f"{tmp_path}/mine.py"])
+
+
+def test_rounding_leaves_no_range():
+    decays = [p["optim.ema_decay"] for p in points({"optim.ema_decay": NEAR_ONE})[1:]]
+    assert all(0.9 <= decay <= 0.99999 for decay in decays)
+    assert read_space(["optim.ema_decay=reverse_log(-3, 0)"])
+    points({"optim.ema_decay": ("reverse_log", -3, 0)})
+
+
+def test_one_choice_may_be_a_space():
+    space = read_space(['model={"model.name": "mlp", "model.dropout_rate": [0.0, 0.1]}'])
+    assert all(p["model.name"] == "mlp" for p in points({"model": {"model.name": "mlp"}})[1:])
+    assert list(coordinates(space)) == ["model[0].model.dropout_rate"]
 
 
 @pytest.mark.parametrize(

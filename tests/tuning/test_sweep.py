@@ -18,7 +18,7 @@ from imgcls.tuning.page import write_page
 from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
 from imgcls.tuning.sweep import start
-from imgcls.tuning.worker import AtWork, Child, check
+from imgcls.tuning.worker import AtWork, Child, check, fail
 from tests.evaluation.browser import CHROMIUM, Browser
 from tests.helpers import ROOT, as_users, flags_of, small_config
 from tests.test_train import without_times
@@ -111,11 +111,28 @@ def test_failed_trials_are_results_and_not_the_end(tmp_path):
     assert "it diverged" in (tmp_path / "sweep.html").read_text()
 
 
-def test_where_all_fail_it_is_said(tmp_path):
-    s = plan(tmp_path, trials=3, seeds=2)
+@pytest.mark.parametrize("rungs", [(), (2, 4)])
+def test_where_all_fail_it_is_said(tmp_path, rungs):
+    s = plan(tmp_path, trials=3, seeds=2, rungs=rungs)
     go_on(s, lambda job: [None])
     assert write(s)["findings"] == ["No trial came to its end: see why in results.json."]
     assert (tmp_path / "sweep.html").exists()
+
+
+def test_the_configs_own_value_may_be_outside_of_the_range_and_best(tmp_path):
+    s = plan(tmp_path, {"optim.clip_norm": ("log", 0.1, 10.0)}, trials=3, seeds=1)
+    go_on(s, lambda job: [0.9 if "000" in job.run else 0.8])
+    said = " ".join(summary.write(s)["findings"])
+    assert "optim.clip_norm, 0.0, is at the lower edge of its range" in said
+
+
+@pytest.mark.parametrize("loss", [None, 1e30])  # as JSON has what is not finite, and huge
+def test_validation_may_go_wrong_without_an_end_to_training(tmp_path, loss):
+    s = plan(tmp_path, trials=3, finalists=1, seeds=1)
+    go_on(s, lambda job: (0.9 if "000" in job.run else 0.1, loss))
+    results = write(s)
+    assert [row["loss"] for row in results["trials"]] == [loss] * 3
+    assert results["finalists"][0]["trial"] == 0
 
 
 def test_the_findings_say_what_to_do_next(tmp_path):
@@ -194,12 +211,30 @@ def test_another_sweep_in_the_same_directory_is_refused_with_what_differs(tmp_pa
         ({"rungs": (4, 2)}, "must rise"),
         ({"space": {"optim.learning_rate": [-1.0, -2.0]}}, "must be a number over 0"),
         ({"space": {"optim.lr": [0.1]}}, "optim.lr is not a key"),
+        ({"seeds": 0}, "--seeds=0 must be at least 1"),
+        ({"keep": float("nan")}, "--keep=nan must be from 0 to 1"),
+        ({"search": "grid"}, "--search=grid must be halton or tpe"),
+        ({"seeds": 2**63}, "must be lower, for --seeds="),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, options, told):
     with pytest.raises(UserError, match=told):
         plan(tmp_path, **options)
     assert not (tmp_path / "sweep.json").exists()
+
+
+def test_tpe_without_optuna_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-optuna\.txt"):
+        plan(tmp_path, search="tpe")
+
+
+@pytest.mark.slow
+def test_without_a_config_the_other_flags_count(tmp_path):
+    plan(tmp_path, trials=3)
+    command = [sys.executable, "-m", "imgcls", "sweep", f"--workdir={tmp_path}", "--trials=2"]
+    ended = subprocess.run(command, cwd=ROOT, env=as_users(), capture_output=True, text=True)
+    assert ended.returncode == 2 and "--trials must be at least that" in ended.stderr
 
 
 def test_a_config_without_validation_or_a_workdir_with_a_run_is_refused(tmp_path):
@@ -217,6 +252,23 @@ def test_a_torn_plan_is_an_error_of_one_line(tmp_path, content):
     with pytest.raises(UserError) as error:
         plan(tmp_path)
     assert "sweep.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
+    before = plan(tmp_path)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    del saved["config"]["data"]["group"], saved["config"]["train"]["patience"]
+    (tmp_path / "sweep.json").write_text(json.dumps(saved))
+    assert Sweep(tmp_path).config == plan(tmp_path).config == before.config
+
+
+def test_values_of_other_types_are_no_plan(tmp_path):
+    plan(tmp_path)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    for key in saved:
+        (tmp_path / "sweep.json").write_text(json.dumps(saved | {key: None}))
+        with pytest.raises(UserError, match="is no plan of a sweep"):
+            Sweep(tmp_path)
 
 
 def test_tpe_is_a_function_of_the_trials_so_far(tmp_path):
@@ -284,6 +336,31 @@ def test_a_job_whose_process_is_killed_twice_has_failed(tmp_path):
         check(s, AtWork(job, child, None))
         assert (s.value(job) is None) == (death == 1)
     assert "signal 9" in json.loads((s.folder(job.run) / "failed.json").read_text())["why"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_was_asked_to_stop_has_not_failed(tmp_path, number):
+    s = plan(tmp_path, trials=2)
+    job = Job("trials/001", 8)
+    s.folder(job.run).mkdir(parents=True)
+    for _ in range(3):
+        child = wait_for(Child(lambda: os.kill(os.getpid(), number), tmp_path / "log"))
+        check(s, AtWork(job, child, None))
+    assert s.value(job) is None
+
+
+def test_a_job_whose_result_is_lost_does_not_run_for_ever(tmp_path):
+    s = plan(tmp_path, trials=2)
+    child = wait_for(Child(lambda: None, tmp_path / "log"))
+    with pytest.raises(CheckpointError, match="trials/001 has ended, .* delete that folder"):
+        check(s, AtWork(Job("trials/001", 8), child, None))
+
+
+def test_a_winner_that_cannot_be_tested_ends_the_sweep_and_stays_the_winner(tmp_path):
+    s = plan(tmp_path, trials=2, test=True)
+    with pytest.raises(UserError, match="a broken picture"):
+        fail(s, Job("seeds/001-1", None), UserError("a broken picture"))
+    assert not list(tmp_path.rglob("failed.json"))
 
 
 # Whole sweeps
