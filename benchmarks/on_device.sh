@@ -34,8 +34,8 @@ part() {
 digits=(python main.py --config=configs/digits.py --config.model.dtype=bfloat16)
 two() {
     local shared=(--workdir="$out/two" --coordinator_address=localhost:12321 --num_processes=2)
-    CUDA_VISIBLE_DEVICES=0 "${digits[@]}" "${shared[@]}" --process_id=0 --config.train.epochs=10 &
-    CUDA_VISIBLE_DEVICES=1 "${digits[@]}" "${shared[@]}" --process_id=1 --config.train.epochs=10
+    CUDA_VISIBLE_DEVICES=0 "${digits[@]}" "${shared[@]}" --process_id=0 --config.train.epochs=5 &
+    CUDA_VISIBLE_DEVICES=1 "${digits[@]}" "${shared[@]}" --process_id=1 --config.train.epochs=5
     local code=$?
     wait $! && return $code
 }
