@@ -47,7 +47,8 @@ def default_config(
         task: a name of `TASKS`.
     """
     chosen: dict[str, Any] = {"model.name": model, "optim.name": optimizer, "task.name": task}
-    if model not in MODELS and (match := re.fullmatch(r"(\w+?)(\d+)", model)):
+    match = model not in MODELS and re.fullmatch(r"(\w+?)(\d+)", model)
+    if match and hasattr(MODELS.get(match[1]), "depth"):
         chosen |= {"model.name": match[1], "model.depth": int(match[2])}
     keys = keys_of(chosen)
     return _nested({key: chosen.get(key, keys[key].default) for key in keys})

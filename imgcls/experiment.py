@@ -83,9 +83,8 @@ class Experiment:
         self.mesh = make_mesh()
         self.everywhere = replicated(self.mesh)
         self.ops = {} if config.model.cpu_kernels == "off" else cpu.ops(compute_dtype(config))
-        self.preprocess = partial(
-            normalize, mean=tuple(config.data.mean), std=tuple(config.data.std)
-        )
+        mean, std = tuple(config.data.mean), tuple(config.data.std)
+        self.preprocess = partial(normalize, mean=mean, std=std)
 
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
@@ -175,18 +174,10 @@ class Experiment:
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
-        o = self.config.optim
-        return create_schedule(
-            o.schedule,
-            learning_rate=o.learning_rate,
-            warmup_steps=round(o.warmup_epochs * self.steps_per_epoch),
-            total_steps=self.total_steps,
-            probe=(o.probe_learning_rate, self.frozen_steps),
-        )
-
-    @functools.cached_property
-    def tx(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, self.schedule)
+        o, steps = self.config.optim, {"total_steps": self.total_steps}
+        steps["warmup_steps"] = round(o.warmup_epochs * self.steps_per_epoch)
+        probe = (o.probe_learning_rate, self.frozen_steps)
+        return create_schedule(o.schedule, learning_rate=o.learning_rate, probe=probe, **steps)
 
     @functools.cached_property
     def rng(self) -> jax.Array:
@@ -211,7 +202,7 @@ class Experiment:
 
     def _read_train(self, indices: np.ndarray, *, step: int) -> dict[str, np.ndarray]:
         batch = self.splits["train"].read(indices)
-        if self.config.data.alternate_flip:
+        if self.config.data.alternate_flip and step >= self.frozen_steps:
             batch["mirrored"] = self.order.mirrored(indices, step)
         return batch
 
@@ -237,13 +228,10 @@ class Experiment:
 
     def augmented_images(self, step: int = 0) -> jax.Array:
         """The images of a step's batch as the network sees them: float32[B, H, W, C] in [0, 1]."""
-        small = step < self.small_steps
-        apply = partial(
-            augment_batch,
-            augment=self.augmentation(small=small),
-            task=self.task,
-            num_classes=len(self.class_names),
-        )
+        small, frozen = step < self.small_steps, step < self.frozen_steps
+        augment = compose() if frozen else self.augmentation(small=small)
+        how: Any = {"task": self.task, "num_classes": len(self.class_names)}
+        apply = partial(augment_batch, augment=augment, **how)
         batch = self._read_train(self.order[step], step=step)
         return jax.jit(apply)(step_keys(self.rng, step)[0], batch)[0]
 
@@ -258,15 +246,17 @@ class Experiment:
         options |= {"compiler_options": machine.compiler_options(once=once)}
         return jax.jit(program, out_shardings=self.everywhere, **options)
 
+    def _create(self, model: nn.Module) -> Callable[..., TrainState]:
+        o = self.config.optim  # no schedule changes the first state of an optimiser
+        tx = build_optimizer(self.config, lambda step: o.learning_rate)
+        return partial(create_state, model=model, tx=tx, ema=o.ema_decay > 0)
+
     def compile_init(self) -> Callable[[], TrainState]:
         """The program that makes the first state."""
-        create = partial(
-            create_state, model=self.model, tx=self.tx, ema=self.config.optim.ema_decay > 0
-        )
         arrays = jax.tree.leaves(self.state_target())  # before XLA is given too much of them
         machine.check_fits(sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
         sample = self.preprocess(self.splits["train"].read(self.order[0])["image"])
-        program = self.jit(create, once=True).lower(self.rng, sample).compile()
+        program = self.jit(self._create(self.model), once=True).lower(self.rng, sample).compile()
         machine.check_memory(program)
         return partial(program, self.rng, sample)
 
@@ -280,9 +270,8 @@ class Experiment:
         step: Any = train_step
         images: Any = {"model": self.model, "preprocess": self.preprocess}
         if frozen:
-            layer = LastLayer(len(self.class_names), head_of(self.state_target().params))
-            images = {"model": layer, "preprocess": lambda features: features}
-            step = partial(frozen_step, layer=layer.layer)
+            head = head_of(self.state_target().params)
+            step, images = frozen_step, {"model": LastLayer(len(self.class_names), head)}
         elif begins:
             step = partial(restarted_step, at=begins)
         step = partial(
@@ -321,19 +310,11 @@ class Experiment:
 
     def state_target(self) -> TrainState:
         """The shapes, dtypes and places of the arrays of the state."""
-        c = self.config
-        create = partial(
-            create_state,
-            model=build_model(c, len(self.class_names)),
-            # Only the shape of the optimiser's state matters here, and no schedule changes that.
-            tx=build_optimizer(c, lambda step: c.optim.learning_rate),
-            ema=c.optim.ema_decay > 0,
-        )
-        sample = jnp.zeros((1, *c.data.image_size, c.data.channels))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere),
-            jax.eval_shape(create, jax.random.key(0), sample),
-        )
+        create = self._create(build_model(self.config, len(self.class_names)))
+        sample = jnp.zeros((1, *self.config.data.image_size, self.config.data.channels))
+        shapes = jax.eval_shape(create, jax.random.key(0), sample)
+        placed = partial(jax.ShapeDtypeStruct, sharding=self.everywhere)
+        return jax.tree.map(lambda x: placed(x.shape, x.dtype), shapes)
 
 
 def _refuse_constants(call: Callable, arguments: Any, keywords: Any, context: Any) -> Any:
@@ -365,13 +346,9 @@ def build_model(
 ) -> nn.Module:
     """The Linen module, with those of `ops` that are fields of it."""
     model = MODELS[config.model.name]
-    injected = {name: op for name, op in (ops or {}).items() if name in model.__dataclass_fields__}
-    return model(
-        num_classes=num_classes,
-        dtype=jnp.dtype(compute_dtype(config)),
-        **injected,
-        **own_values(config, "model", model),
-    )
+    own: Any = {name: op for name, op in (ops or {}).items() if name in model.__dataclass_fields__}
+    own |= {"num_classes": num_classes, "dtype": jnp.dtype(compute_dtype(config))}
+    return model(**own, **own_values(config, "model", model))
 
 
 def compute_dtype(config: ConfigDict) -> str:
@@ -386,13 +363,6 @@ def compute_dtype(config: ConfigDict) -> str:
 
 
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    o = config.optim
-    return create_optimizer(
-        o.name,
-        schedule,
-        learning_rate=o.learning_rate,
-        clip_norm=o.clip_norm,
-        backbone_ratio=o.backbone_ratio,
-        layer_decay=o.layer_decay,
-        **own_values(config, "optim", OPTIMIZERS[o.name]),
-    )
+    o, shared = config.optim, ("learning_rate", "clip_norm", "backbone_ratio", "layer_decay")
+    own = own_values(config, "optim", OPTIMIZERS[o.name])
+    return create_optimizer(o.name, schedule, **{key: o[key] for key in shared}, **own)

@@ -18,7 +18,7 @@ from imgcls.models import head_of
 from imgcls.parallel import put_batch
 from imgcls.pretrained import digest
 from imgcls.run import files, signals
-from imgcls.run.logs import progress
+from imgcls.run.logs import progress, say
 from imgcls.state import TrainState
 from imgcls.steps import augment_batch, features_step, step_keys
 
@@ -31,9 +31,10 @@ def kept_features(exp: Experiment, state: TrainState) -> dict[str, Any]:
     They are computed, or read from the cache. An entry is for the arrays below the last layer, the
     images, the config of model, augmentation and views, and what decides bits.
     """
+    c, head, arrays = exp.config, head_of(state.params), flatten_dict(state.eval_variables)
+    say(f"{head} learns alone, with config.optim.probe_learning_rate={c.optim.probe_learning_rate}")
     if jax.process_count() > 1:  # one could find what another does not
         return _compute(exp, state)
-    c, head, arrays = exp.config, head_of(state.params), flatten_dict(state.eval_variables)
     what = {k: v for k, v in chosen(c).items() if k.startswith(("model.", "augment.", "task."))}
     what |= {"model.init_from": FORMAT, "seed": c.seed if c.train.probe_views > 1 else 0}
     what |= {"views": c.train.probe_views, "batch": c.train.batch_size, **exp.preprocess.keywords}
@@ -71,8 +72,8 @@ def _compute(exp: Experiment, state: TrainState) -> dict[str, Any]:
             signals.poll()
             indices, rng = np.arange(size) + start * size, step_keys(exp.rng, n)[0]
             batch = put_batch(split.read, indices % examples, exp.mesh)
-            parts.append([np.asarray(x) for x in programs[v > 0](state, rng, batch)])
-            parts[-1] = [x[indices < examples] for x in parts[-1]]
+            found = programs[v > 0](state, rng, batch)
+            parts.append([np.asarray(x)[indices < examples] for x in found])
             bar.update(len(parts[-1][0]))
     both = (np.concatenate(x).reshape(views, examples, -1) for x in zip(*parts))
     return dict(zip(("image", "targets"), both))

@@ -61,12 +61,10 @@ COUNTS = Rule(tuple, lambda x: all(type(n) is int and 0 < n <= MOST for n in x),
 SIDES = f"(height, width), each from 1 to {LARGEST}"
 IS_SIZE = lambda x: x == () or (len(x) == 2 and COUNTS.accepts(x) and max(x) <= LARGEST)
 SIZE = Rule(tuple, IS_SIZE, f"{SIDES}, or ()")
-CHANNELS = Rule(
-    tuple,
-    lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x),
-    "a number for each channel, as a tuple",
-)
-DEVIATIONS = CHANNELS._replace(accepts=lambda x: CHANNELS.accepts(x) and all(n > 0 for n in x))
+FINITE = lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x)
+CHANNELS = Rule(tuple, FINITE, "a number for each channel, as a tuple")
+OVER_0 = lambda x: FINITE(x) and all(n > 0 for n in x)
+DEVIATIONS = Rule(tuple, OVER_0, "a number over 0 for each channel, as a tuple")
 PRECISIONS = one_of(("default", "high", "highest"))
 SEED = Rule(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2**63 - 1")
 REGEX = Rule(str, is_regex, "a regular expression, such as patient_[0-9]+")

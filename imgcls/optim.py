@@ -166,12 +166,8 @@ def _muon_sgd(
         )
 
     kernels = _muon_kernels(schedule, momentum=momentum, weight_decay=weight_decay)
-    groups = {
-        "kernels": kernels,
-        "dense": sgd(dense_learning_rate),
-        "biases": sgd(bias_learning_rate),
-    }
-    return optax.partition(groups, kernels_dense_and_biases)
+    groups = {"dense": sgd(dense_learning_rate), "biases": sgd(bias_learning_rate)}
+    return optax.partition(groups | {"kernels": kernels}, kernels_dense_and_biases)
 
 
 def kernels_dense_and_biases(params: optax.Params) -> optax.Params:

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from imgcls import config as configs
-from imgcls.errors import UserError, first_line, printable
+from imgcls.errors import UserError, did_you_mean, first_line, printable
 from imgcls.experiment import Experiment
 from imgcls.inference.classifier import load
 from imgcls.models import head_of
@@ -28,14 +28,17 @@ from imgcls.state import TrainState
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
 HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
 SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
+OFFERED = "name a workdir, a .safetensors file, or one on huggingface.co: timm/resnet18.a1_in1k"
+SHAPELESS = ("model.heads", "model.pad_whitening")  # no array's shape tells of a wrong one
 
 
 class Weights(NamedTuple):
     arrays: dict[str, np.ndarray]  # by names such as layer1_0_bn1_scale
     facts: dict[str, Any]  # path, sha256 and, of a hub, revision
     expects: dict[str, Any]  # values of config.data that they were trained with
-    fits: dict[str, Any]  # values of config.model that fit them
+    fits: dict[str, Any]  # values of config.model, and of config.data, that fit them
     class_names: tuple[str, ...] = ()  # of an own run, whose last layer is for them
+    image_size: tuple[int, int] = (1, 1)  # of an own run; else of the same proportions
 
 
 def open_weights(name: str) -> Weights:
@@ -44,42 +47,43 @@ def open_weights(name: str) -> Weights:
     Raises UserError where there is none, or where a file could run code.
     """
     path, facts = Path(os.path.expanduser(name)), dict[str, Any](path=name)
-    if path.is_dir():
+    if os.path.isdir(path / "checkpoints"):
         run = load(path, calibrated=False)
         variables = flatten_dict(jax.device_get(run.state.eval_variables))
         arrays = {"_".join(path[1:]): array for path, array in variables.items()}
         facts |= {"step": int(run.state.step), "sha256": digest(arrays)}
-        flat = configs.flatten(run.config)
-        expects = {key: flat[key] for key in (*IMAGENET, "data.resize")}
-        own = re.compile(r"data\.channels|model\.(?!init_from|dtype|cpu_kernels|matmul)")
-        fits = {key: value for key, value in flat.items() if own.match(key)}
-        return Weights(arrays, facts, expects, fits, run.class_names)
-    if path.suffix in (".pth", ".pt", ".bin", ".h5", ".ckpt", ".npz", ".msgpack"):
+        return Weights(arrays, facts, class_names=run.class_names, **of_config(run.config))
+    if path.suffix.lower() in (".pth", ".pt", ".bin", ".h5", ".ckpt", ".pkl", ".tar"):
         raise UserError(
             f"{printable(name)} is not read, because it could run code: convert it where torch is "
             f'installed, with python -c "import torch, safetensors.torch as s; {SAVE}"'
         )
-    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.safetensors)", name):
+    runs = [p.parent for d in filter(os.path.isdir, [path.parent]) for p in d.glob("*/checkpoints")]
+    if not os.path.exists(path) and (near := did_you_mean(path.name, [r.name for r in runs], runs)):
+        raise UserError(f"config.model.init_from={printable(name)} does not exist: {near}")
+    if not os.path.exists(path) and re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.safetensors)", name):
         path = _download(name)
         facts["revision"] = path.parent.name
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe may take for ever
+            raise OSError(0, "it is neither a regular file nor the workdir of a run")
         with path.open("rb") as content:
             facts["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
         with safetensors.safe_open(path, framework="flax") as file:  # numpy lacks bfloat16
             names = [name for name in file.offset_keys() if not UNUSED.search(name)]
-            named = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+            named = {name: np.asarray(file.get_tensor(name)) for name in names}
             metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, AttributeError, safetensors.SafetensorError) as error:  # float8 is unknown
         why = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"config.model.init_from={printable(name)} cannot be read ({why}): name a workdir, a "
-            ".safetensors file, or a model of huggingface.co such as timm/resnet18.a1_in1k"
+            f"config.model.init_from={printable(name)} cannot be read ({why}): {OFFERED}"
         ) from error
     arrays = from_torch(named)
-    # timm's vision transformers, but for DINOv2, and Lite have 0.5.
-    half = {"pos_embed", "conv_stem.weight"} & {*named} and "blocks.0.ls1.gamma" not in named
-    expects = _expected(path, metadata, HALF if half else IMAGENET)
-    return Weights(arrays, facts, expects, fitting(arrays))
+    try:
+        known = of_config(configs.from_json(json.loads(metadata["config"])))  # of an own export
+    except Exception:  # there may be none, or anything in it
+        known = {"expects": _expected(path, named), "fits": fitting(arrays)}
+    return Weights(arrays, facts, **known)
 
 
 def digest(arrays: dict[Any, Any]) -> str:
@@ -88,6 +92,16 @@ def digest(arrays: dict[Any, Any]) -> str:
     for name, array in sorted(arrays.items()):
         state.update(f"{name} {array.dtype}{array.shape}\n".encode() + np.asarray(array).tobytes())
     return state.hexdigest()
+
+
+def of_config(config: ConfigDict) -> dict[str, Any]:
+    """What the config of a run tells of its weights."""
+    flat = configs.flatten(config)
+    size = r"|data\.image_size" * (flat["model.name"] == "mlp")
+    own = re.compile(r"data\.channels|model\.(?!init_from|dtype|cpu_kernels|matmul)" + size)
+    fits = {key: value for key, value in flat.items() if own.match(key)}
+    expects = {key: flat[key] for key in (*IMAGENET, "data.resize")}
+    return {"expects": expects, "fits": fits, "image_size": flat["data.image_size"]}
 
 
 def _download(name: str) -> Path:
@@ -109,45 +123,55 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def _expected(path: Path, metadata: dict[str, str], usual: dict[str, Any]) -> dict[str, Any]:
-    """What an own export, or timm's config.json beside a file, says of the images; else `usual`."""
+def _expected(path: Path, named: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What timm's config.json beside a file says of the images; else what is usual."""
+    # timm's vision transformers, but for DINOv2, and Lite have 0.5.
+    half = {"pos_embed", "conv_stem.weight"} & {*named} and "blocks.0.ls1.gamma" not in named
+    expects, how = (HALF, "bicubic") if half else (IMAGENET, "bilinear")
     try:
-        told = json.loads(metadata.get("config") or path.with_name("config.json").read_bytes())
-        told = told.get("data") or told.get("pretrained_cfg", told)
-        usual = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
-        how = told.get("resize") or told.get("interpolation")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        told = json.loads(path.with_name("config.json").read_bytes())
+        told = told.get("pretrained_cfg", told)
+        expects = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
+        how = told.get("interpolation")
+    except Exception:  # there may be none, or anything in it
         say(f"{path} has no config.json beside it: the usual mean and deviation are taken")
-        how = "bicubic" if usual is HALF else ""
-    how = "squash-bicubic" if how == "bicubic" else how
-    known = how and configs.KEYS["data.resize"].rule.accepts(how)
-    return usual | {"data.resize": how if known else "squash"}
+    return expects | {"data.resize": "squash-bicubic" if how == "bicubic" else "squash"}
 
 
-def prepare(config: ConfigDict) -> tuple[ConfigDict, Weights]:
-    """Opens the weights, whose mean, deviation and interpolation replace what the config leaves.
+def prepare(config: ConfigDict) -> tuple[ConfigDict, Weights | None]:
+    """Opens the weights, if any, which decide what the config leaves: mean, interpolation, widths.
 
     Raises UserError where they are not of this model; no data is needed to tell.
     """
+    if not config.model.init_from:
+        if config.optim.backbone_ratio == configs.OPEN["optim.backbone_ratio"]:
+            raise UserError(f"config.model.init_from is empty, and this config needs it: {OFFERED}")
+        if not config.optim.backbone_ratio or config.train.probe_epochs:
+            logging.warning("no config.model.init_from: the last layer learns on random features")
+        return config, None
     weights = open_weights(config.model.init_from)
     processes.check_same(lambda: {"config.model.init_from": weights.facts["sha256"]})
-    left, config = configs.left_open(config), configs.completed(config, weights.expects)
-    for key, value in weights.expects.items():
-        own = configs.flatten(config)[key]
+    left, told = configs.left_open(config), weights.fits | weights.expects
+    config = configs.completed(config, told)
+    own = configs.flatten(config)
+    for key, value in told.items():
+        as_good = key == "data.resize" and own[key].split("-")[1:] == value.split("-")[1:]  # a crop
         if key in left:
             say(f"config.{key}={value}, as the weights expect")
-        elif own != value:
-            logging.warning("config.%s=%s, but the weights expect %s", key, own, value)
+        elif not as_good and own.get(key, value) != value and key in (*weights.expects, *SHAPELESS):
+            logging.warning("config.%s=%s, but the weights expect %s", key, own[key], value)
     defaults = {key: entry.default for key, entry in configs.keys_of(config).items()}
     like = Experiment(configs.completed(config, defaults), class_names=("", ""))
     fit(weights, like.state_target(), like.config)
+    configs.validate(config)
     return config, weights
 
 
 def fit(weights: Weights, target: TrainState, config: ConfigDict) -> dict[Any, np.ndarray]:
     """The arrays of all but the last layer, by their path in the variables of `target`.
 
-    Raises UserError that names arrays which are missing, left over, or of another shape.
+    Raises UserError that names arrays which are missing, left over, of another shape, or no finite
+    numbers.
     """
     leaves, head = flatten_dict(target.eval_variables), head_of(target.params)
     paths = {"_".join(path[1:]): path for path in leaves if path[1] != head}
@@ -155,10 +179,12 @@ def fit(weights: Weights, target: TrainState, config: ConfigDict) -> dict[Any, n
     found, wrong = {}, []
     for name in sorted(paths.keys() & given.keys()):
         array, shape = given[name], leaves[paths[name]].shape
-        if name == "pos_embed" and array.shape != shape and array.shape[2:] == shape[2:]:
-            array = resample(array, shape[1], config.data.image_size)
+        if name == "pos_embed" and array.size and array.shape[::2] == shape[::2]:
+            array = resample(array, shape[1], config.data.image_size, weights.image_size)
         if [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
             wrong.append(f"{name} is {list(array.shape)}, and {list(shape)} here")
+        elif not (jax.numpy.issubdtype(array.dtype, np.floating) and np.isfinite(array).all()):
+            wrong.append(f"{name} is not of finite floats")
         found[paths[name]] = array
     for names, told in ((paths.keys() - given, "missing"), (given.keys() - paths, "left over")):
         wrong += [f"{len(names)} arrays are {told}, such as {min(names)}"] if names else []
@@ -166,21 +192,28 @@ def fit(weights: Weights, target: TrainState, config: ConfigDict) -> dict[Any, n
         flat = configs.flatten(config)
         other = [f"config.{k}={v}" for k, v in sorted(weights.fits.items()) if flat.get(k) != v]
         told = f"{weights.facts['path']} is not of this config.model: {'; '.join(wrong[-3:])}"
-        raise UserError(printable(f"{told}: set {', '.join(other)}?" if other else told))
+        remedy = f"set {', '.join(other)}?" if other else "name another file or run"
+        raise UserError(printable(f"{told}: {remedy}"))
     return {path: array.reshape(leaves[path].shape) for path, array in found.items()}
 
 
-def resample(embedding: np.ndarray, tokens: int, image_size: tuple[int, int]) -> np.ndarray:
-    """Position embeddings [1, P + N * N, C], P of no place, as [1, tokens, C], a grid for an image.
+def resample(
+    embedding: np.ndarray, tokens: int, image_size: tuple[int, int], of: tuple[int, int] = (1, 1)
+) -> np.ndarray:
+    """Position embeddings [1, P + N, C], P of no place, as [1, tokens, C], a grid for an image.
 
-    Cubic with antialiasing, as in timm.
+    N are of a grid for an image of the proportions `of`. Cubic with antialiasing, as in timm.
     """
-    side = int(embedding.shape[1] ** 0.5)
-    first = embedding.shape[1] - side**2
-    height = round(((tokens - first) * image_size[0] / image_size[1]) ** 0.5)
-    size = (1, height, (tokens - first) // height, embedding.shape[2])
-    grid = jax.image.resize(embedding[:, first:].reshape(1, side, side, -1), size, "cubic")
-    return np.concatenate([embedding[:, :first], np.asarray(grid).reshape(1, -1, size[3])], axis=1)
+
+    def grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+        rows = max(int((tokens * size[0] / size[1]) ** 0.5), 1)
+        return rows, rows * size[1] // size[0]
+
+    old, new = grid(embedding.shape[1], of), grid(tokens, image_size)
+    first, width = embedding.shape[1] - old[0] * old[1], embedding.shape[2]
+    places = embedding[:, first:].reshape(1, *old, width)
+    places = np.asarray(jax.image.resize(places, (1, *new, width), "cubic"))
+    return np.concatenate([embedding[:, :first], places.reshape(1, -1, width)], axis=1)
 
 
 def take_over(

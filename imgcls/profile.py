@@ -17,6 +17,7 @@ from absl import flags
 
 from imgcls.arguments import define_harmless
 from imgcls.experiment import Experiment, load_config
+from imgcls.features import kept_features
 from imgcls.run import cli, machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import say
@@ -45,8 +46,10 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
         exp = Experiment(config, test=False)
         run = Run(exp, workdir, Checkpoints(workdir / "checkpoints"), Agreement(stop, delay=0))
         state, _ = start_or_resume(run)
-        step = int(state.step)
-        train_step = exp.compile_train_step(state, small=step < exp.small_steps)
+        step = min(int(state.step), exp.total_steps - 1)  # of a finished run, the last
+        phase = {"small": step < exp.small_steps, "frozen": step < exp.frozen_steps}
+        exp.features = kept_features(exp, state) if phase["frozen"] else None
+        train_step = exp.compile_train_step(state, **phase)
         batch = exp.train_batch(step)
         state, metrics = train_step(state, batch, exp.rng)  # the first is not like the rest
         jax.block_until_ready(metrics)

@@ -129,14 +129,14 @@ def train_step(
 
 
 def frozen_step(
-    state: TrainState, batch: Batch, rng: jax.Array, *, layer: str, **how: Any
+    state: TrainState, batch: Batch, rng: jax.Array, *, model: Any, **how: Any
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` on features, after which that layer of the parameters alone has changed."""
-    after, metrics = train_step(state, batch, rng, **how)
+    """`train_step` of a `LastLayer` on features, after which no other parameters have changed."""
+    after, metrics = train_step(state, batch, rng, model=model, preprocess=lambda x: x, **how)
 
     def kept(path, new, old):  # counters change, too
         names = {getattr(key, "key", "") for key in path}
-        return old if names & state.params.keys() and layer not in names else new
+        return old if names & state.params.keys() and model.layer not in names else new
 
     return jax.tree_util.tree_map_with_path(kept, after, state), metrics
 

@@ -110,8 +110,8 @@ def train_and_evaluate(
             began = configs.from_json(saved) if saved else load_config(workdir)
             config = configs.completed(config, configs.flatten(began))
             configs.check_resumable(began, config, workdir)
-        elif config.model.init_from:
-            config, weights = pretrained.prepare(config)
+        else:
+            config, weights = interruptibly(partial(pretrained.prepare, config))
         exp = Experiment(config, task=task, splits=splits, test=test)
         config = exp.config
         run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))

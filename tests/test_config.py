@@ -49,6 +49,13 @@ def get_config(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
+def test_a_number_behind_a_model_without_a_depth_is_refused():
+    assert default_config("resnet50").model.depth == 50
+    for name in ("convnext3", "cnn2", "mlp9", "nothing1"):
+        with pytest.raises(UserError, match=f"config.model.name='{name}' must be one of"):
+            default_config(name)
+
+
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_configs_say_what_they_said_before(name):
     now, before = flatten(to_json(get_config(name))), BEFORE[name] | CHANGED.get(name, {})

@@ -1,6 +1,8 @@
 """A training starts from what another left: a run's weights, or a public file's."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +14,9 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from imgcls import load
+from imgcls import load, pretrained
 from imgcls.config import default_config
-from imgcls.errors import UserError
+from imgcls.errors import Stopped, UserError
 from imgcls.experiment import Experiment
 from imgcls.features import kept_features
 from imgcls.inference import export
@@ -206,6 +208,10 @@ def test_another_stem_or_number_of_channels_is_named_with_the_key_that_fits(resn
         ("w.h5", b"", "is not read, because it could run code"),
         ("w.safetensors", b"nonsense", "w.safetensors cannot be read .*name a workdir"),
         ("gone.safetensors", None, r"gone.safetensors cannot be read \(No such file"),
+        ("W.PTH", b"", "W.PTH is not read, because it could run code"),
+        ("w.npz", b"PK", r"w.npz cannot be read \(.*name a workdir"),
+        ("a" * 300, None, r"cannot be read \(File name too long\)"),
+        ("", None, r"cannot be read \(it is neither a regular file nor the workdir of a run\)"),
     ],
 )
 def test_what_is_no_file_of_weights_is_refused_in_a_line(tmp_path, name, content, message):
@@ -213,6 +219,92 @@ def test_what_is_no_file_of_weights_is_refused_in_a_line(tmp_path, name, content
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         open_weights(str(tmp_path / name))
+
+
+def test_a_run_that_is_misspelt_is_asked_of_no_hub(source, tmp_path):
+    with pytest.raises(UserError, match=r"rum does not exist: did you mean .*/run\?"):
+        open_weights(str(source.with_name("rum")))
+    with pytest.raises(UserError, match="cannot be read"):
+        open_weights(str(tmp_path / ("a" * 300) / "b"))
+
+
+def test_a_pipe_is_refused_without_reading_it(tmp_path):
+    os.mkfifo(tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="neither a regular file"):
+        open_weights(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float16(np.inf), np.int8(1)])
+def test_arrays_of_no_finite_floats_are_refused_by_name(source, value):
+    weights = open_weights(str(source))
+    arrays = weights.arrays | {
+        "Conv_1_kernel": np.full_like(weights.arrays["Conv_1_kernel"], value, type(value))
+    }
+    target = Experiment(small_config(), class_names=DIGITS).state_target()
+    with pytest.raises(UserError, match="Conv_1_kernel is not of finite floats: name another"):
+        fit(weights._replace(arrays=arrays), target, small_config())
+
+
+def test_numbers_beside_a_file_that_no_image_can_be_divided_by_are_refused(exported):
+    safetensors.numpy.save_file(safetensors.numpy.load_file(exported), exported)
+    config = small_config(model__init_from=str(exported))
+    config.data.std = ()
+    for std in ([0], [float("nan")], [1, 1, 1]):
+        exported.with_name("config.json").write_text(json.dumps({"mean": [0.4], "std": std}))
+        with pytest.raises(UserError, match="config.data.std=.* must "):
+            prepare(config)
+
+
+def test_what_a_config_leaves_open_is_as_in_the_run_that_it_starts_from(monkeypatch, caplog):
+    small = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
+    for model, fields in (("cnn", {"widths": (2, 3)}), ("mlp", {}), ("vit", small)):
+        config = small_config(model, model__init_from="run")
+        config.model.update(fields)
+        leaves = flatten_dict(Experiment(config, class_names=DIGITS).state_target().eval_variables)
+        arrays = {"_".join(path[1:]): np.zeros(x.shape, np.float32) for path, x in leaves.items()}
+        run = Weights(arrays, {"path": "run", "sha256": ""}, **pretrained.of_config(config))
+        monkeypatch.setattr(pretrained, "open_weights", lambda name: run)
+        if model == "cnn":
+            config.model.widths = ()
+        config.data.image_size = ()
+        taken, _ = prepare(config)
+        assert {key: taken.model[key] for key in fields} == fields
+        assert taken.data.image_size == ((8, 8) if model == "mlp" else ())
+    assert not caplog.text
+    config.model.heads, config.data.resize = 4, "crop"  # neither changes an array
+    prepare(config)
+    assert "config.model.heads=4, but the weights expect 2" in caplog.text
+    assert "resize" not in caplog.text
+
+
+def test_without_weights_nothing_is_tuned_silently(caplog):
+    with pytest.raises(UserError, match="config.model.init_from is empty, .*name a workdir"):
+        prepare(small_config(optim__backbone_ratio=-1.0))
+    assert prepare(small_config()) == (small_config(), None) and not caplog.text
+    for key in ({"optim__backbone_ratio": 0.0}, {"train__probe_epochs": 1.0}):
+        caplog.clear()
+        assert prepare(small_config(**key))[1] is None
+        assert "the last layer learns on random features" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_signal_while_weights_are_read_or_downloaded_ends_the_run(tmp_path, monkeypatch):
+    def stuck(name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    monkeypatch.setattr(pretrained, "open_weights", stuck)
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by SIGTERM: nothing to save yet"):
+        train_and_evaluate(small_config(model__init_from="x/y"), tmp_path / "run")
+    assert time.monotonic() - began < 15
+
+
+def test_images_shown_of_a_frozen_step_are_not_augmented():
+    config = small_config(augment__rotate_degrees=10.0, train__probe_epochs=1.0)
+    exp = Experiment(config)
+    plain = exp.splits["train"].read(exp.order[0])["image"] / 255
+    np.testing.assert_allclose(exp.augmented_images(0), plain, atol=1e-6)
 
 
 def hub_of(answer):

@@ -38,6 +38,15 @@ def test_a_run_without_a_checkpoint_is_profiled_from_its_start(tmp_path):
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
+def test_of_a_frozen_run_the_step_of_the_last_layer_is_profiled(tmp_path):
+    config = small_config(train__epochs=1, optim__backbone_ratio=0.0)
+    train_and_evaluate(config, tmp_path, test=False)
+    sources = [source for _, source, _ in profile(tmp_path, steps=1)]
+    assert any("LastLayer" in source for source in sources)
+    assert not any("Conv_0" in source for source in sources)
+
+
 def test_what_is_no_run_or_is_under_way_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         profile(tmp_path / "nothing", steps=1)

@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
                 from pyarrow import FixedSizeListArray, parquet, table
 
                 rows = FixedSizeListArray.from_arrays(features.ravel(), features.shape[1])
-                parquet.write_table(table({"ids": [*good], "features": rows}), file)
+                ids = [path.encode(errors="backslashreplace").decode() for path in good]
+                parquet.write_table(table({"ids": ids, "features": rows}), file)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from None
     say(f"{output}: {len(features)} x {features.shape[1]} features")

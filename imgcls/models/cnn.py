@@ -99,20 +99,8 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = partial(
-            self.conv,
-            kernel_size=(3, 3),
-            use_bias=False,
-            kernel_init=partial_identity,
-            dtype=self.dtype,
-        )
-        norm = partial(
-            self.norm,
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            use_scale=False,
-            dtype=self.dtype,
-        )
+        conv = partial(self.conv, use_bias=False, kernel_init=partial_identity, dtype=self.dtype)
+        norm = partial(self.norm, use_running_average=not train, momentum=self.norm_momentum)
         if self.whiten:
             # A statistic of the data: kept with BatchNorm's, out of the optimiser's reach. Computed
             # in float32: it enlarges small differences, which rounded pixels would not have.
@@ -126,10 +114,10 @@ class CNN(nn.Module):
         x = x.astype(self.dtype)
         for width in self.widths:
             for i in range(self.convs_per_block):
-                x = conv(width)(x)
+                x = conv(width, kernel_size=(3, 3))(x)
                 if i == 0:
                     x = self.pool(x)
-                x = self.act(norm()(x))
+                x = self.act(norm(use_scale=False, dtype=self.dtype)(x))
         x = x.max((1, 2))
         return _head(self, x, train=train, small_logits=self.small_logits)
 

@@ -11,7 +11,8 @@ import numpy as np
 
 # Patterns of names and what replaces them, one after the other.
 RENAMED: tuple[tuple[str, Any], ...] = (
-    (r"^(params|batch_stats)\.", ""),  # an export of a model that timm lacks
+    # An export of a model that timm lacks; a model within another.
+    (r"^((params|batch_stats|module|model|_orig_mod|backbone)\.)+", ""),
     # The last layer: of timm's ResNet, ConvNeXt and EfficientNet; of torchvision's models.
     (r"^(fc|head\.fc|classifier|heads\.head|classifier\.2)\.(weight|bias)$", r"head.\2"),
     # torchvision's ViT
@@ -68,19 +69,23 @@ def fitting(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     if (stem := arrays.get("conv1_kernel")) is not None:
-        depths = {2: 18, 6: 50 if "layer1_0_conv3_kernel" in arrays else 34, 23: 101}
-        stems = "imagenet" if len(stem) > 3 else "cifar"
-        found = {"name": "resnet", "stem": stems, "depth": depths.get(blocks("layer3"))}
+        depths = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101}
+        depth = depths.get((blocks("layer3"), "layer1_0_conv3_kernel" in arrays))
+        found = {"name": "resnet", "stem": "imagenet" if len(stem) > 3 else "cifar", "depth": depth}
     elif (stem := arrays.get("patch_embed_proj_kernel")) is not None:
-        (patch, *_, width), scaled = stem.shape, "blocks_0_ls1_gamma" in arrays
-        found = {"name": "vit", "patch": patch, "width": width, "heads": width // 64}
-        found |= {"depth": blocks("blocks"), "layer_scale": scaled}
-    elif (stem := arrays.get("stem_0_kernel")) is not None:
-        found = {
-            "name": "convnext",
-            "depths": tuple(blocks(f"stages_{i}_blocks") for i in range(4)),
+        found = {"name": "vit", "patch": len(stem), "width": stem.shape[3]}
+        found |= {"heads": max(min(stem.shape[3] // 64, 16), 1), "depth": blocks("blocks")}
+        found |= {
+            "class_token": "cls_token" in arrays,
+            "layer_scale": "blocks_0_ls1_gamma" in arrays,
         }
+    elif (stem := arrays.get("stem_0_kernel")) is not None:
+        stages = [f"stages_{i}_blocks" for i in range(4)]
+        found = {"name": "convnext", "depths": tuple(map(blocks, stages))}
+        found["widths"] = tuple(len(arrays.get(f"{name}_0_norm_bias", ())) for name in stages)
     elif (stem := arrays.get("conv_stem_kernel")) is not None:
-        found = {"name": "efficientnet_lite"}
+        depths = {(3, 40): 0, (4, 40): 1, (4, 48): 2, (5, 48): 3, (6, 56): 4}
+        depth = depths.get((blocks("blocks_4"), len(arrays.get("blocks_2_0_bn3_bias", ()))))
+        found = {"name": "efficientnet_lite", "depth": depth}
     channels = {} if stem is None else {"data.channels": stem.shape[2]}
-    return channels | {f"model.{key}": value for key, value in found.items()}
+    return channels | {f"model.{key}": value for key, value in found.items() if value is not None}

@@ -165,7 +165,7 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
     sweep, at_work = Sweep(workdir), dict[int, worker.AtWork]()
     _warn_of_network(workdir)
     with signals.StopSignal() as stop, contextlib.ExitStack() as stack:
-        data = worker.Child(partial(_prepare, sweep.config), workdir / "log.txt")
+        data = worker.Child(partial(_prepare, sweep), workdir / "log.txt")
         stack.callback(lambda: worker.stop_all([data, *(b.child for b in at_work.values())], stop))
         while not data.poll():
             if stop.requested:
@@ -196,9 +196,13 @@ def work(workdir: Path, workers: int) -> dict[str, Any]:
         return results
 
 
-def _prepare(config: ConfigDict) -> None:
+def _prepare(sweep: Sweep) -> None:
     """Decodes the data for all trials; what is wrong with them is no trial's fault."""
-    exp = Experiment(config, test=False)
+    exp = Experiment(sweep.config, test=False)
+    rates = {"optim.learning_rate", "optim.backbone_ratio"} & sweep.plan["space"].keys()
+    if exp.frozen_steps == exp.total_steps and rates == {"optim.learning_rate"}:
+        why = "optim.learning_rate has no effect, because the last layer learns alone"
+        raise UserError(f"--space: {why}: in another --workdir, vary optim.probe_learning_rate")
     say(f"{len(exp.splits['train'])} training examples, {exp.total_steps} steps in trial 0")
 
 

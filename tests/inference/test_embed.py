@@ -69,6 +69,18 @@ def test_the_command_writes_ids_and_features_and_names_what_it_cannot_read(
 
 
 @pytest.mark.slow
+def test_names_that_are_no_text_are_escaped_in_a_table(workdir, pictures, tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pip install pyarrow")
+    import pyarrow.parquet
+
+    (tmp_path / "\udcff.png").write_bytes((pictures / "0.png").read_bytes())
+    result = embed(workdir, tmp_path / "f.parquet", tmp_path)
+    assert result.returncode == 0, result.stderr
+    ids = pyarrow.parquet.read_table(tmp_path / "f.parquet")["ids"].to_pylist()
+    assert ids == [f"{tmp_path}/\\udcff.png"]
+
+
+@pytest.mark.slow
 def test_another_ending_is_refused_before_the_work(tmp_path, pictures):
     result = embed(tmp_path / "no run", tmp_path / "features.csv", pictures)
     assert result.returncode == 2

@@ -1,6 +1,7 @@
 """timm's and torchvision's arrays fit the models here, under one rule, with their logits."""
 
 import json
+import math
 from functools import partial
 
 import jax
@@ -63,6 +64,7 @@ def test_the_arrays_of_a_public_model_are_those_of_ours(name):
     arrays = from_torch(named)
     told = fitting(arrays)
     assert told and told.items() <= flatten(config).items()
+    assert {f"model.{key}" for key in fields} <= told.keys()
     found = fit(Weights(arrays, {"path": name}, {}, told), target, config)
     assert len(found) == len(flatten_dict(target.eval_variables)) - 2
 
@@ -93,3 +95,37 @@ def test_positions_are_resampled_as_by_timm():
     grid = np.random.default_rng(0).normal(size=(1, 1 + 49, 3)).astype(np.float32)
     found = resample(grid, 1 + 4 * 5, (64, 80))
     np.testing.assert_allclose(found, KEPT["positions"], atol=1e-6)
+
+
+def test_positions_of_any_grid_are_resampled_as_that_grid():
+    """Of pictures twice as high as wide, whose 4 x 2 tokens are not those of a square."""
+    cells = np.random.default_rng(0).normal(size=(1, 4, 2, 3)).astype(np.float32)
+    for first in (0, 1):
+        tokens = np.concatenate([np.ones((1, first, 3)), cells.reshape(1, 8, 3)], 1)
+        for rows, columns in ((2, 4), (4, 2)):
+            found = resample(tokens, first + rows * columns, (rows, columns), (64, 32))
+            grid = jax.image.resize(cells, (1, rows, columns, 3), "cubic")
+            np.testing.assert_allclose(found[:, first:].reshape(grid.shape), grid, atol=1e-6)
+            assert np.all(found[:, :first] == 1)
+
+
+def test_names_in_a_wrapper_of_a_model_are_those_of_the_model():
+    named = random_arrays(KEPT["shapes"]["resnet18"])
+    for prefix in ("module.", "model.", "_orig_mod.module."):
+        found = from_torch({prefix + name: array for name, array in named.items()})
+        assert found.keys() == from_torch(named).keys()
+
+
+@pytest.mark.parametrize("depth", efficientnet.FACTORS)
+def test_the_depth_of_a_lite_network_is_told_by_its_arrays(depth):
+    wider, deeper = efficientnet.FACTORS[depth]
+    blocks, width = math.ceil(3 * deeper), int(40 * wider + 4) // 8 * 8
+    arrays = {f"blocks_4_{i}_bn1_bias": np.zeros(1) for i in range(blocks)}
+    arrays |= {"conv_stem_kernel": np.zeros((3, 3, 3, 32)), "blocks_2_0_bn3_bias": np.zeros(width)}
+    assert fitting(arrays)["model.depth"] == depth
+
+
+def test_no_depth_is_told_of_a_residual_network_that_is_none_of_ours():
+    arrays = {f"layer3_{i}_conv1_kernel": np.zeros(1) for i in range(36)}
+    told = fitting(arrays | {"conv1_kernel": np.zeros((7, 7, 3, 64))})
+    assert told == {"data.channels": 3, "model.name": "resnet", "model.stem": "imagenet"}

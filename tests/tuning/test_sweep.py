@@ -17,7 +17,7 @@ from imgcls.tuning import summary
 from imgcls.tuning.page import write_page
 from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
-from imgcls.tuning.sweep import start
+from imgcls.tuning.sweep import _prepare, start
 from imgcls.tuning.worker import AtWork, Child, check, fail
 from tests.evaluation.browser import CHROMIUM, Browser
 from tests.helpers import ROOT, as_users, flags_of, small_config
@@ -243,6 +243,17 @@ def test_a_config_without_validation_or_a_workdir_with_a_run_is_refused(tmp_path
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a run"):
         plan(tmp_path)
+
+
+def test_a_learning_rate_that_no_trial_would_use_is_refused(tmp_path):
+    frozen = small_config(optim__backbone_ratio=0.0)
+    rate, both = {"optim.learning_rate": [0.1]}, {"optim.backbone_ratio": [0.0, 1.0]}
+    for i, space in enumerate((rate, rate | both, {"optim.probe_learning_rate": [0.1]})):
+        start(tmp_path / str(i), frozen, canonical(space))
+    with pytest.raises(UserError, match=r"no effect, .* vary optim\.probe_learning_rate"):
+        _prepare(Sweep(tmp_path / "0"))
+    _prepare(Sweep(tmp_path / "1"))
+    _prepare(Sweep(tmp_path / "2"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\0" * 100, b'{"plan": 1}'])
