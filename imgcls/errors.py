@@ -6,6 +6,7 @@ Anything else that escapes is a defect of this project and keeps its traceback.
 import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class ImgclsError(Exception):
@@ -56,6 +57,12 @@ def did_you_mean(name: str, known: Sequence[str], shown: Sequence[object] = ()) 
     folded = dict(zip(map(str.lower, known), shown or known))
     near = get_close_matches(name.lower(), folded, 1)
     return f"did you mean {folded[near[0]]}?" if near else ""
+
+
+def did_you_mean_path(path: str | os.PathLike[str]) -> str:
+    """ "did you mean PATH?" of what is beside a path; else empty."""
+    beside = [p for p in Path(path).parent.glob("*") if p.name != Path(path).name]
+    return did_you_mean(Path(path).name, [p.name for p in beside], beside)
 
 
 def meant(name: str, known: Iterable[str]) -> str:

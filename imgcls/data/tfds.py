@@ -123,7 +123,9 @@ def open_tfds(
 def parse(name: str) -> tuple[str | Any, ...]:
     """Splits NAME[/CONFIG][:VERSION]."""
     if not (match := _NAME.fullmatch(name)):
-        raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]")
+        known = tfds.list_builders(with_community_datasets=False)
+        near = did_you_mean(name, known) or "name one so"
+        raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]: {near}")
     return match.groups()
 
 

@@ -28,14 +28,15 @@ BAR = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {
 def say(text: str, *, needed: bool = False) -> None:
     """Prints lines, in process 0. Escape sequences in them are shown, not obeyed.
 
-    A reader or terminal that left (`| head`) or a full disk ends the output, not the run; but a
-    full disk is a UserError where the output is `needed`.
+    A reader or terminal that left (`| head`) or a full disk ends the output, not the run. Output
+    that is `needed` goes to programs as it is, and a full disk is then a UserError.
     """
     if not is_main():
         return
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
+        text = text if needed and not sys.stdout.isatty() else visible(text)
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
         tqdm.write(shown, file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
