@@ -85,10 +85,10 @@ def printable(text: str | os.PathLike[str]) -> str:
     return visible(os.fspath(text).replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t"))
 
 
-def visible(text: str) -> str:
-    """Escapes what a terminal would obey or cannot show; ends of lines stay."""
+def visible(text: str, kept: str = "\n\t") -> str:
+    """Escapes what a terminal would obey or cannot show, except for the characters in `kept`."""
     shown = lambda char: char if char.isprintable() else char.encode("unicode_escape").decode()
-    return "".join(char if char in "\n\t" else shown(char) for char in text)
+    return "".join(char if char in kept else shown(char) for char in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -100,9 +100,8 @@ def main(arguments: list[str]) -> None:
     wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
     top = f.top or (1 if f.csv else min(5, len(names)))
     write = partial(say, needed=True)
-    table = csv.writer(
-        SimpleNamespace(write=write), lineterminator="", quoting=csv.QUOTE_NONNUMERIC
-    )
+    lines = SimpleNamespace(write=write)
+    table = csv.writer(lines, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
     if f.csv:
         table.writerow(["path", "class", "probability", "unsure", "error"])
     bad, shown = 0, {"total": len(paths), "bar_format": BAR, "disable": None, "dynamic_ncols": True}
