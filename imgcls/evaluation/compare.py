@@ -21,7 +21,7 @@ from absl import flags
 from scipy.stats import binomtest
 
 from imgcls.config import flatten
-from imgcls.errors import UserError, printable
+from imgcls.errors import UserError, visible
 from imgcls.evaluation import figures, groups, report
 from imgcls.evaluation.report import Run, duration, number, percent, plain
 from imgcls.keys import HARMLESS
@@ -174,7 +174,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    text = printable(text)
+    text = visible(text, "")
     return text if len(text) <= 48 else text[:47] + "…"
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from imgcls.arguments import define_harmless
 from imgcls.data.folder import read_tree
 from imgcls.data.images import decode_image, fit_image
-from imgcls.errors import BadExampleError, UserError, did_you_mean_path, printable
+from imgcls.errors import BadExampleError, UserError, did_you_mean_path, printable, visible
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import BAR, complain, say
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     names = classifier.class_names
     if f.top is not None and not 1 <= f.top <= len(names):
         raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
-    wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
+    wide, width = (max(len(visible(text, "")) for text in texts) for texts in (paths, names))
     top = f.top or (1 if f.csv else min(5, len(names)))
     write = partial(say, needed=True)
     lines = SimpleNamespace(write=write)
@@ -120,8 +120,8 @@ def main(arguments: list[str]) -> None:
             row: Any = {"predictions": [{"class": name, "probability": p} for name, p in best]}
             write(json.dumps({"path": path} | (row if best else {"error": error}) | doubt))
         else:
-            text = "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
+            text = "".join(f"  {visible(name, ''):<{width}} {p:6.1%}" for name, p in best)
             text = text + "  unsure" * doubt.get("unsure", 0) or "  cannot be read"
-            write(f"{printable(path):<{wide}}{text}")
+            write(f"{visible(path, ''):<{wide}}{text}")
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")

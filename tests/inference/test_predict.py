@@ -198,12 +198,12 @@ def set_flags(monkeypatch, workdir, **changed):
 
 def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, capsys):
     set_flags(monkeypatch, workdir)
-    path = tmp_path / "0\x1b[31m\n.png"
+    path = tmp_path / "0\x1b[31m\n\\.png"
     Image.fromarray(digits[0, ..., 0]).save(path)
     module.main([str(path)])
     found = classifier(digits[:1])[0]
     best = "  ".join(f"{k} {found[k]:6.1%}" for k in np.argsort(-found)[:5])
-    assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n.png  {best}" + "\n"
+    assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n\.png  {best}" + "\n"
 
 
 def test_probabilities_are_calibrated_where_a_temperature_was_fitted(
