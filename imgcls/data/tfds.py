@@ -123,8 +123,7 @@ def open_tfds(
 def parse(name: str) -> tuple[str | Any, ...]:
     """Splits NAME[/CONFIG][:VERSION]."""
     if not (match := _NAME.fullmatch(name)):
-        known = tfds.list_builders(with_community_datasets=False)
-        near = did_you_mean(name, known) or "name one so"
+        near = did_you_mean(name, tfds.list_builders(with_community_datasets=False)) or "correct it"
         raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]: {near}")
     return match.groups()
 

@@ -99,8 +99,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
     wide, width = (max(len(visible(text, "")) for text in texts) for texts in (paths, names))
     top = f.top or (1 if f.csv else min(5, len(names)))
-    write = partial(say, needed=True)
-    lines = SimpleNamespace(write=write)
+    lines = SimpleNamespace(write=partial(say, needed=True))
     table = csv.writer(lines, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
     if f.csv:
         table.writerow(["path", "class", "probability", "unsure", "error"])
@@ -118,10 +117,10 @@ def main(arguments: list[str]) -> None:
                 table.writerow([path, name, p, doubt.get("unsure"), error])
         elif f.json:
             row: Any = {"predictions": [{"class": name, "probability": p} for name, p in best]}
-            write(json.dumps({"path": path} | (row if best else {"error": error}) | doubt))
+            lines.write(json.dumps({"path": path} | (row if best else {"error": error}) | doubt))
         else:
             text = "".join(f"  {visible(name, ''):<{width}} {p:6.1%}" for name, p in best)
             text = text + "  unsure" * doubt.get("unsure", 0) or "  cannot be read"
-            write(f"{visible(path, ''):<{wide}}{text}")
+            lines.write(f"{visible(path, ''):<{wide}}{text}")
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")
