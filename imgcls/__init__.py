@@ -5,6 +5,7 @@ classifier = load("runs/cifar10")
 probabilities = classifier(images)  # uint8[N, h, w, C] -> float32[N, K]
 """
 
+import importlib
 import sys
 
 if sys.platform == "win32":  # locks need fcntl, and array_record has no wheels
@@ -13,12 +14,7 @@ if sys.platform == "win32":  # locks need fcntl, and array_record has no wheels
 
 
 def __getattr__(name: str):
-    if name == "load":  # imported when asked for: the commands' --help need not wait for JAX
-        from imgcls.inference.classifier import load
-
-        return load
-    if name == "sweep":
-        from imgcls.tuning.sweep import sweep
-
-        return sweep
+    places = {"load": "inference.classifier", "sweep": "tuning.sweep"}
+    if name in places:  # imported when asked for: the commands' --help need not wait for JAX
+        return getattr(importlib.import_module(f"imgcls.{places[name]}"), name)
     raise AttributeError(f"module 'imgcls' has no attribute {name!r}")

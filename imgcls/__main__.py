@@ -15,6 +15,7 @@
 python -m imgcls COMMAND --help tells the flags of one.
 """
 
+import importlib
 import sys
 from typing import Any
 
@@ -57,7 +58,7 @@ class Train:
 
         f = flags.FLAGS
         if f.config is None:
-            raise UserError("--config is missing: try --config=configs/digits.py")
+            raise UserError(cli.MISSING)
         workdir = cli.required_workdir()
         with processes.session(
             f.coordinator_address,
@@ -69,35 +70,20 @@ class Train:
             train_and_evaluate(f.config.copy_and_resolve_references(), workdir)
 
 
-COMMANDS = ("train", "evaluate", "predict", "embed", "report")
-COMMANDS += ("compare", "export", "profile", "sweep")
+MODULES = {"evaluate": "evaluation.evaluate", "predict": "inference.predict"}
+MODULES |= {"embed": "inference.embed", "report": "evaluation.report", "profile": "profile"}
+MODULES |= {"compare": "evaluation.compare", "export": "inference.export", "sweep": "tuning.sweep"}
 
 
 def command(name: str) -> Any:
     """What `cli.run` needs of a command: `define_flags`, `main(arguments)` and a docstring."""
-    match name:  # only what is asked for is imported
-        case "train":
-            module: Any = Train
-        case "evaluate":
-            from imgcls.evaluation import evaluate as module
-        case "predict":
-            from imgcls.inference import predict as module
-        case "embed":
-            from imgcls.inference import embed as module
-        case "report":
-            from imgcls.evaluation import report as module
-        case "compare":
-            from imgcls.evaluation import compare as module
-        case "export":
-            from imgcls.inference import export as module
-        case "profile":
-            from imgcls import profile as module
-        case "sweep":
-            from imgcls.tuning import sweep as module
-        case _:
-            near = did_you_mean(name, COMMANDS) or f"it is one of {', '.join(COMMANDS)}"
-            raise UserError(f"there is no command {name!r}: {near}")
-    return module
+    if name in MODULES:  # only what is asked for is imported
+        return importlib.import_module(f"imgcls.{MODULES[name]}")
+    if name != "train":
+        known = ("train", *MODULES)
+        near = did_you_mean(name, known) or f"it is one of {', '.join(known)}"
+        raise UserError(f"there is no command {name!r}: {near}")
+    return Train
 
 
 def main() -> None:

@@ -1,8 +1,6 @@
 """The config on a command line: --config=FILE, and --config.KEY=VALUE."""
 
-import re
 import runpy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from imgcls.config import flatten, keys_of, validate
-from imgcls.errors import ImgclsError, UserError, did_you_mean, first_line, meant
+from imgcls.errors import ImgclsError, UserError, did_you_mean, first_line
 from imgcls.keys import HARMLESS, KEYS
 
 
@@ -19,8 +17,7 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
 
     Raises UserError where there is no such file, or its get_config() fails or offers no models.
     """
-    given = [argument for argument in argv if argument.startswith("--config=")]
-    if not given:
+    if not (given := [word for word in argv if word.startswith("--config=")]):
         return None
     path, _, model = given[-1].partition("=")[2].partition(":")
     if not Path(path).is_file():
@@ -30,7 +27,10 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
         near = near or f"there are {', '.join(names) or 'none in configs'}"
         raise UserError(f"--config={path} is no file: {near}")
     try:
-        return runpy.run_path(path)["get_config"](*([model] if model else []))
+        config = runpy.run_path(path)["get_config"](*([model] if model else []))
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config() must return a config, not {config!r:.20}")
+        return config
     except Exception as error:
         if isinstance(error, ImgclsError):
             raise
@@ -40,20 +40,19 @@ def from_arguments(argv: list[str]) -> ConfigDict | None:
         raise UserError(f"--config={path} {why}: name a file with get_config()") from error
 
 
-def check_flags(argv: list[str], own: Iterable[str]) -> None:
-    """Raises UserError for a flag that is neither one of `own` nor a key of the config."""
+def check_flags(argv: list[str]) -> list[str]:
+    """The flags config.KEY of the config that is named, if any.
+
+    Raises UserError where a flag names another model, optimiser or task.
+    """
     if (config := from_arguments(argv)) is None:
-        return
-    given = dict(w.lstrip("-").partition("=")[::2] for w in argv if re.match("--?[a-zA-Z]", w))
-    flat, named = flatten(config), ("model.name", "optim.name", "task.name")
+        return []
+    flat, given = flatten(config), dict(word.lstrip("-").partition("=")[::2] for word in argv)
+    named = ("model.name", "optim.name", "task.name")
     names = {k: given[f"config.{k}"] for k in named if f"config.{k}" in given}
     if names != {k: flat.get(k) for k in names}:
         validate(flat | names)
-    keys = [f"config.{key}" for key in keys_of(flat)]
-    for name in given:
-        if not {name, name.removeprefix("no")} & {*flags.FLAGS, *keys}:
-            near = meant(name, [f"--{known}" for known in (*sorted(own), *keys)])
-            raise UserError(f"there is no flag --{name}: {near}")
+    return [f"config.{key}" for key in keys_of(flat)]
 
 
 def describe(argv: list[str]) -> str:
@@ -66,8 +65,12 @@ def describe(argv: list[str]) -> str:
     return "\n".join(f"{flag:{width}}  {meaning}".rstrip() for flag, meaning in lines)
 
 
-def define_harmless() -> None:
+def define_harmless(*, checkpoint: bool = False, raw: bool = False) -> None:
     """Flags --config.KEY of what changes no result, for commands that use a trained run."""
+    if checkpoint:
+        flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the config's choice.")
+    if raw:
+        flags.DEFINE_boolean("raw", False, "Probabilities as trained, not calibrated.")
     for key in HARMLESS:
         define = flags.DEFINE_integer if KEYS[key].rule.kind is int else flags.DEFINE_string
         define(f"config.{key}", None, KEYS[key].meaning)

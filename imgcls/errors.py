@@ -6,6 +6,7 @@ Anything else that escapes is a defect of this project and keeps its traceback.
 import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class ImgclsError(Exception):
@@ -58,6 +59,12 @@ def did_you_mean(name: str, known: Sequence[str], shown: Sequence[object] = ()) 
     return f"did you mean {folded[near[0]]}?" if near else ""
 
 
+def did_you_mean_path(path: str | os.PathLike[str]) -> str:
+    """ "did you mean PATH?" of what is beside a path; else empty."""
+    beside = [p for p in Path(path).parent.glob("*") if p.name != Path(path).name]
+    return did_you_mean(Path(path).name, [p.name for p in beside], beside)
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """What to say of a flag or a key that is none of `known`: the nearest of them, or a list."""
     plain = lambda text: text.lower().replace("-", "_").lstrip("_").removeprefix("config.")
@@ -78,10 +85,10 @@ def printable(text: str | os.PathLike[str]) -> str:
     return visible(os.fspath(text).replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t"))
 
 
-def visible(text: str) -> str:
-    """Escapes what a terminal would obey or cannot show; ends of lines stay."""
+def visible(text: str, kept: str = "\n\t") -> str:
+    """Escapes what a terminal would obey or cannot show, except for the characters in `kept`."""
     shown = lambda char: char if char.isprintable() else char.encode("unicode_escape").decode()
-    return "".join(char if char in "\n\t" else shown(char) for char in text)
+    return "".join(char if char in kept else shown(char) for char in text)
 
 
 def first_line(error: BaseException) -> str:

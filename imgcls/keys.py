@@ -26,7 +26,7 @@ class Key(NamedTuple):
 
 
 def one_of(names: Iterable[str]) -> Rule:
-    return Rule(str, lambda x: x in names, f"one of {', '.join(names)}")
+    return Rule(str, lambda x: x in names, f"one of {', '.join(n or '(empty)' for n in names)}")
 
 
 def up_to(limit: float) -> Rule:
@@ -56,11 +56,10 @@ RATIO = Rule(float, lambda x: x == -1 or 0 <= x <= 1, "a number from 0 to 1, or 
 SHARE = Rule(float, lambda x: 0 < x <= 1, "a number over 0, up to 1")
 FLAG = Rule(bool, lambda x: True, "True or False")
 MOST, LARGEST = 10**6, 10**4  # XLA ends the process where an array has 2**63 elements
-INTEGERS = f"integers from 1 to {MOST}, (,)"
-COUNTS = Rule(tuple, lambda x: all(type(n) is int and 0 < n <= MOST for n in x), INTEGERS)
-SIDES = f"(height, width), each from 1 to {LARGEST}"
-IS_SIZE = lambda x: x == () or (len(x) == 2 and COUNTS.accepts(x) and max(x) <= LARGEST)
-SIZE = Rule(tuple, IS_SIZE, f"{SIDES}, or ()")
+ARE_COUNTS = lambda x: all(type(n) is int and 0 < n <= MOST for n in x)
+COUNTS = Rule(tuple, ARE_COUNTS, f"a tuple of integers from 1 to {MOST}")
+IS_SIZE = lambda x: x == () or (len(x) == 2 and ARE_COUNTS(x) and max(x) <= LARGEST)
+SIZE = Rule(tuple, IS_SIZE, f"(height, width), each from 1 to {LARGEST}, or ()")
 FINITE = lambda x: all(type(n) in (int, float) and math.isfinite(n) for n in x)
 CHANNELS = Rule(tuple, FINITE, "a number for each channel, as a tuple")
 OVER_0 = lambda x: FINITE(x) and all(n > 0 for n in x)
@@ -92,9 +91,7 @@ KEYS = {
     "model.name": Key("cnn", one_of(MODELS), "the architecture, which has keys of its own"),
     "model.dtype": Key("float32", one_of(("float32", "bfloat16")), "where the device has it"),
     "model.matmul_precision": Key("default", PRECISIONS, "of float32 products on GPUs and TPUs"),
-    "model.init_from": Key(
-        "", PATH, "start: a workdir, a .safetensors file, or timm/NAME of a hub"
-    ),
+    "model.init_from": Key("", PATH, "start: a workdir, a .safetensors file, timm/NAME of a hub"),
     "model.cpu_kernels": Key("auto", one_of(("auto", "off")), "fast ones on x86; off: XLA", True),
     "optim.name": Key("adamw", one_of(optim.OPTIMIZERS), "the optimiser, which has own keys"),
     "optim.learning_rate": Key(0.001, POSITIVE, "the peak, for a whole batch"),
@@ -113,7 +110,7 @@ KEYS = {
     "train.probe_views": Key(1, COUNT, "of an image, the first as it is, to train that layer on"),
     "train.small_epochs": Key(0.0, NOT_NEGATIVE, "first epochs that train on smaller images"),
     "train.small_image_size": Key((), SIZE, "(height, width) in those epochs"),
-    "train.log_every_steps": Key(0, COUNT_OR_ZERO, "0: 20, or 4 per short epoch", True),
+    "train.log_every_steps": Key(0, COUNT_OR_ZERO, "0: 20, or 4 between validations", True),
     "train.validate_every_epochs": Key(1, COUNT_OR_ZERO, "epochs between two; 0: 20 in all"),
     "train.checkpoint_every_epochs": Key(1, COUNT_OR_ZERO, "0: as validations", True),
     "train.patience": Key(0, COUNT_OR_ZERO, "validations without a better one to stop at; 0: none"),

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from imgcls.errors import UserError
 from imgcls.run import cli
 from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
 from tests.test_faults import LONGER
@@ -56,6 +57,7 @@ def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
 TYPED = """
 main.py --workdir=w  |  --config is missing
 main.py --config=configs/digits.py  |  --workdir is missing
+@ --config.seed=5 --config.seed  |  Missing value for flag --config.seed
 main.py --config=configs/digits.py --workdir  |  Missing value for flag --workdir
 @ stray  |  unexpected argument 'stray'
 main.py configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
@@ -71,6 +73,7 @@ main.py --config=configs/image_folder.py:lenet --workdir=w  |  must be one of cn
 main.py --configs=configs/digits.py --workdir=w  |  --configs: did you mean --config?
 main.py —config=configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
 main.py --config=configs/digits.py --wrkdir=w  |  no flag --wrkdir: did you mean --workdir?
+@ --log_dir=w  |  there is no flag --log_dir: there are --config
 @ --gpu=0  |  no flag --gpu: there are --config, --coordinator_addr
 @ --debug=maybe  |  --debug=maybe must be true or false
 @ --epochs=5  |  did you mean --config.train.epochs?
@@ -92,26 +95,40 @@ main.py -config=configs/digits.py --workdir=w -config.seeds=5  |  did you mean -
 @ --config.data.alternate_flip=yes  |  =yes must be true or false
 @ --config.data.image_size=(8,8  |  must be a tuple such as (32,32)
 @ --config.data.image_size=8  |  must be (height, width)
+@ --config.data.name=cifar-10  |  did you mean cifar10?
 @ --config.data.name=mnits  |  did you mean mnist?
 @ --config.model.name=cnm  |  must be one of cnn, mlp
 @ --config.model.name=mlp  |  choose it with --config=FILE.py:mlp
 @ --config.model.dtype=bf16  |  must be one of float32, bfloat16
 @ --config.optim.name=adam  |  must be one of sgd, adamw
+@ --config.optim.name adamw --config.seed=-1  |  config.seed=-1 must be
+main.py --config.seed=-1 --config=configs/digits.py --workdir=w  |  config.seed=-1 must be
+@ --config=configs/mnist.py --config.seed=-1  |  config.seed=-1 must be
+@ --config.data.mean=(0.1,) --config.data.mean=(0.2,) --config.seed=-1  |  config.seed=-1 must be
+main.py --config.seed=-1 --workdir=w  |  --config is missing
+main.py --config=unfinished.py --workdir=w  |  get_config() must return a config, not None
+main.py --config=configs/digits.py --workdir=gs://b/w  |  --workdir=gs://b/w is remote
+@ train.epochs=5  |  there is no flag --train.epochs: did you mean --config.train.epochs?
+@ --config.data.resize=pad  |  squash-bicubic, crop-bicubic, (empty)
 @ --config.optim.schedule=cosin  |  must be one of constant, cosine
 imgcls evalute --workdir=run  |  did you mean evaluate?
 imgcls infer --workdir=run  |  it is one of train, evaluate, predict
 imgcls --workdir=run predict x.png  |  it is one of train, evaluate, predict
 imgcls evaluate run  |  did you mean --workdir=run?
 imgcls evaluate --workdir=rnu  |  rnu/config.json does not exist: did you mean run?
+imgcls evaluate --workdir=configs  |  --workdir must be the directory of a run
 imgcls evaluate --workdir=run --split=val  |  must be one of test, validation, train
 imgcls evaluate --workdir=run --data=run  |  did you mean --data_dir?
 imgcls evaluate --workdir=run --config.data.path=x  |  did you mean --config.data.dir?
+imgcls evaluate --workdir=run epochs=5  |  there is no flag --epochs: there are --checkpoint
 imgcls evaluate --workdir=run --checkpoint=bset  |  no checkpoint bset: there are latest
 imgcls predict --workdir=run  |  there is no file to predict
 imgcls predict --workdir=run rnu  |  rnu does not exist: did you mean run?
 imgcls predict --workdir=run --topk=3 run  |  did you mean --top?
 imgcls predict --workdir=run --top run  |  --top=run must be an integer
 imgcls predict --workdir=run --threshold=80 run  |  must be a number in the range [0, 1]
+imgcls predict --workdir=run --threshold=nan run  |  --threshold=nan must be a number
+imgcls compare --config.data.dir=x run run  |  there are --debug, --output, --workdir
 imgcls predict --workdir=run --csv --json run  |  --json and --csv exclude each other
 imgcls export --workdir=run --format=onxx --output=x  |  must be one of stablehlo, onnx, safetensors
 imgcls sweep --config=configs/digits.py --workdir=w --space=optim.mmm=1  |  is not a key of
@@ -125,6 +142,7 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("typed")
     shutil.copytree(ROOT / "tests/fixtures/run", folder / "run")
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "unfinished.py").write_text("def get_config():\n    pass\n")
     for name in ("main.py", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     typed = [line.partition("  |  ")[0] for line in TYPED]
@@ -174,16 +192,17 @@ def test_other_keys_of_a_trained_run_are_refused_in_one_line(tmp_path):
     assert "learning_rate cannot be set after training: there are --config.data" in result.stderr
 
 
-def run_in_process(monkeypatch, error):
+def run_in_process(monkeypatch, error, *typed):
     """cli.run of a command that raises `error`: its exit code."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for name in ("unraisablehook", "argv"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
 
     def main(_):
         raise error
 
     command = SimpleNamespace(define_flags=lambda: None, main=main)
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: command, ["command"])
+        cli.run(lambda: command, ["command", *typed])
     return left.value.code
 
 
@@ -218,6 +237,12 @@ def test_a_model_too_large_for_the_memory_says_what_to_change(tmp_path):
 def test_debug_adds_the_traceback(tmp_path):
     result = run_main(DIGITS, f"--workdir={tmp_path}", "--config.train.epochs=0", "--debug")
     assert result.returncode == 2 and "Traceback" in result.stderr and "\nerror: " in result.stderr
+
+
+@pytest.mark.parametrize("typed", ["--debug", "-debug", "--debug=true", "--debug=1", "--debug=0"])
+def test_debug_may_be_written_as_any_flag(typed, monkeypatch, capsys):
+    assert run_in_process(monkeypatch, UserError("wrong"), typed) == 2
+    assert ("Traceback" in capsys.readouterr().err) == (typed != "--debug=0")
 
 
 def test_help_tells_how_to_start():

@@ -105,7 +105,7 @@ def decode_image(
 def as_array(image: Any, *, channels: int) -> np.ndarray:
     """uint8[h, w, channels] of one image, which is any that `Classifier` takes, as by decoding."""
     if isinstance(image, str | os.PathLike):
-        return decode_image(image, channels=channels)
+        return decode_image(os.path.expanduser(image), channels=channels)
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:

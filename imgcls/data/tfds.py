@@ -123,7 +123,8 @@ def open_tfds(
 def parse(name: str) -> tuple[str | Any, ...]:
     """Splits NAME[/CONFIG][:VERSION]."""
     if not (match := _NAME.fullmatch(name)):
-        raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]")
+        near = did_you_mean(name, tfds.list_builders(with_community_datasets=False)) or "correct it"
+        raise UserError(f"dataset {name!r} is not of the form NAME[/CONFIG][:VERSION]: {near}")
     return match.groups()
 
 

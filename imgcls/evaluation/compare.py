@@ -21,7 +21,7 @@ from absl import flags
 from scipy.stats import binomtest
 
 from imgcls.config import flatten
-from imgcls.errors import UserError, printable
+from imgcls.errors import UserError, visible
 from imgcls.evaluation import figures, groups, report
 from imgcls.evaluation.report import Run, duration, number, percent, plain
 from imgcls.keys import HARMLESS
@@ -51,19 +51,17 @@ def compare(workdirs: Sequence[str | Path]) -> dict[str, Any]:
     if len(workdirs) < 2:
         raise UserError("name at least two workdirs: python -m imgcls compare DIR_A DIR_B")
     runs = [report.read_run(workdir) for workdir in workdirs]
-    summaries, differences = [], []
-    for letter, run in zip(LETTERS, runs):
+    for run in runs:
         _check_comparable(runs[0], run)
-        summaries.append(run.results | {"letter": letter, "workdir": str(run.workdir)})
-        differences.append({"letter": letter} | _difference(runs[0], run))
-    recalls = zip(*([row["recall"] for row in run.results["per_class"]] for run in runs))
+    named = [({"letter": letter}, run) for letter, run in zip(LETTERS, runs)]
+    classes = zip(*(run.results["per_class"] for run in runs))
     return {
         "examples": len(runs[0].labels),
-        "runs": summaries,
-        "differences": differences[1:],
+        "runs": [run.results | letter | {"workdir": str(run.workdir)} for letter, run in named],
+        "differences": [letter | _difference(runs[0], run) for letter, run in named[1:]],
         "per_class": [
-            {"name": row["name"], "support": row["support"], "recall": list(recall)}
-            for row, recall in zip(runs[0].results["per_class"], recalls)
+            {"name": a["name"], "support": a["support"], "recall": [x["recall"] for x in (a, *b)]}
+            for a, *b in classes
         ],
         "config": _differing(runs),
     }
@@ -176,7 +174,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    text = printable(text)
+    text = visible(text, "")
     return text if len(text) <= 48 else text[:47] + "…"
 
 

@@ -33,7 +33,7 @@ from imgcls.arguments import define_harmless
 from imgcls.data import record
 from imgcls.data.folder import FolderSource, read_tree
 from imgcls.data.splits import Split, load_splits
-from imgcls.errors import DivergedError, UserError, printable
+from imgcls.errors import DivergedError, UserError, did_you_mean_path, printable
 from imgcls.evaluation.mistakes import looked_at, write_issues
 from imgcls.evaluation.report import read_run, write_report
 from imgcls.evaluation.scores import score
@@ -182,21 +182,21 @@ VIEWS = {"flip": _mirrored, "shifts": _shifted}
 def define_flags() -> None:
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "What to evaluate on.")
     flags.DEFINE_string("data_dir", None, "Folder of other pictures to evaluate on.")
-    cli.define_checkpoint()
-    define_harmless()
+    define_harmless(checkpoint=True)
     flags.DEFINE_enum("tta", None, list(VIEWS), "Test-time augmentation, reported beside.")
 
 
 def main(_: list[str]) -> None:
     f, workdir, split = flags.FLAGS, cli.required_workdir(), flags.FLAGS.split
     named = experiment.load_config(workdir).eval.checkpoint
-    official = split == "test" and f.checkpoint in ("", named) and not f.data_dir
+    official = split == "test" and f.checkpoint in ("", named) and f.data_dir is None
     otherwise = "name a --split or --checkpoint whose results have a file of their own"
     with claim(workdir, otherwise) if official else contextlib.nullcontext():
         classifier = load(workdir, f.checkpoint, calibrated=False)
         config, names = classifier.config, classifier.class_names
-        if f.data_dir:
-            split = re.sub(r"\W+", "-", "on_" + "-".join(Path(f.data_dir).absolute().parts[-2:]))
+        if f.data_dir is not None:
+            place = os.path.abspath(f.data_dir).split("/")[-2:]
+            split = re.sub(r"\W+", "-", f"on_{'/'.join(place)}")
             splits = {split: open_other(classifier, f.data_dir)}
         elif not config.data[split]:
             raise UserError(f"--split={split}: this run has none, config.data.{split} is empty")
@@ -208,7 +208,7 @@ def main(_: list[str]) -> None:
             scores = evaluate(classifier, splits, workdir, **goes_by, tta=f.tta or "")
         except OSError as error:
             raise UserError(f"{workdir} cannot be written: {error.strerror}") from error
-        if f.data_dir and "confusion_matrix" in scores:
+        if f.data_dir is not None and "confusion_matrix" in scores:
             counts = np.array(scores["confusion_matrix"]) * ~np.eye(len(names), dtype=bool)
             most = [divmod(i, len(names)) for i in counts.argsort(axis=None)[:-6:-1].tolist()]
             pairs = [f"{names[i]} as {names[j]} {counts[i, j]}" for i, j in most if counts[i, j]]
@@ -219,7 +219,8 @@ def open_other(classifier: Classifier, root: str) -> Split:
     """Pictures root/<class>/* of the run's classes; a UserError where there are none."""
     c, names = classifier.config.data, classifier.class_names
     if not os.path.isdir(root):
-        raise UserError(f"--data_dir={root} is not a directory: name one that holds <class>/*")
+        near = did_you_mean_path(root) or "name one that holds <class>/*"
+        raise UserError(f"--data_dir={root} is not a directory: {near}")
     tree = read_tree(root, follow_links=c.follow_links, ignore=c.ignore)
     found = {printable(name): [*folder.below()] for name, folder in tree.folders.items()}
     known = {k: [os.path.relpath(path, root) for path in found.get(k, ())] for k in names}

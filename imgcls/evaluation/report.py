@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +61,8 @@ def read_run(workdir: str | Path) -> Run:
     """
     workdir = Path(workdir)
     config = read_json(workdir / "config.json")
-    path, remedy = workdir / "results.json", f"python -m imgcls evaluate --workdir={workdir}"
+    path, run_flag = workdir / "results.json", shlex.quote(f"--workdir={workdir}")
+    remedy = f"python -m imgcls evaluate {run_flag}"
     try:
         content = path.read_bytes()
         results = json.loads(content)
@@ -269,7 +271,7 @@ def main(_: list[str]) -> None:
         if run.ids.tolist() != list(splits["test"].ids):
             raise UserError(
                 f"the test examples are no longer those of {workdir / 'predictions.npz'}: restore "
-                f"the data, or evaluate again with python -m imgcls evaluate --workdir={workdir}"
+                "the data, or evaluate again"
             )
         path = write_report(workdir, splits)
     logs.say(f"wrote {path}")

@@ -93,7 +93,7 @@ class Classifier:
         return np.concatenate(rows[1:] or rows)
 
 
-def load(workdir: str | Path, checkpoint: str = "", *, calibrated: bool = True) -> Classifier:
+def load(workdir: str | Path, checkpoint: str | int = "", *, calibrated: bool = True) -> Classifier:
     """The classifier that a run trained, from its config.json and its checkpoints alone.
 
     Args:
@@ -109,7 +109,7 @@ def load(workdir: str | Path, checkpoint: str = "", *, calibrated: bool = True) 
     machine.start()
     config = load_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    which = checkpoint or config.eval.checkpoint
+    which = config.eval.checkpoint if checkpoint in ("", None) else str(checkpoint)
     meta = checkpoints.read_meta(which)
     experiment = Experiment(config, class_names=meta["class_names"])
     experiment.keep_ops(meta["cpu_kernels"])

@@ -27,8 +27,7 @@ POSITIONAL = True  # arguments are not only flags
 
 def define_flags() -> None:
     flags.DEFINE_string("output", "features.npz", "The file to write: .npz or .parquet.")
-    cli.define_checkpoint()
-    define_harmless()
+    define_harmless(checkpoint=True)
 
 
 def main(arguments: list[str]) -> None:

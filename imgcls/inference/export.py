@@ -152,9 +152,7 @@ def export(classifier: Classifier, test: Split | None, path: Path, *, file_forma
 def define_flags() -> None:
     flags.DEFINE_enum("format", None, list(FORMATS), "What to write.")
     flags.DEFINE_string("output", None, "The file to write.")
-    cli.define_checkpoint()
-    define_harmless()
-    cli.define_raw()
+    define_harmless(checkpoint=True, raw=True)
 
 
 def main(_: list[str]) -> None:

@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from imgcls.arguments import define_harmless
 from imgcls.data.folder import read_tree
 from imgcls.data.images import decode_image, fit_image
-from imgcls.errors import BadExampleError, UserError, did_you_mean, printable
+from imgcls.errors import BadExampleError, UserError, did_you_mean_path, printable, visible
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
 from imgcls.run.logs import BAR, complain, say
@@ -51,9 +50,8 @@ def find_files(arguments: Iterable[str]) -> list[str]:
             found.append(argument)
         else:  # reading a pipe could take for ever
             why = "is no regular file" if os.path.exists(argument) else "does not exist"
-            beside = [*Path(argument).parent.glob("*")]
-            near = did_you_mean(Path(argument).name, [p.name for p in beside], beside)
-            raise UserError(f"{printable(argument)} {why}: {near or 'name pictures or folders'}")
+            near = did_you_mean_path(argument) or "name pictures or folders"
+            raise UserError(f"{printable(argument) or repr('')} {why}: {near}")
     if not found:
         raise UserError("there is no file to predict: name pictures, or folders that hold some")
     return found
@@ -88,9 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_float("threshold", None, "Mark pictures whose best class is less probable.", 0, 1)
     flags.DEFINE_boolean("json", False, "An object a line, for programs, instead of the table.")
     flags.DEFINE_boolean("csv", False, "Comma-separated values, for spreadsheets.")
-    cli.define_checkpoint()
-    define_harmless()
-    cli.define_raw()
+    define_harmless(checkpoint=True, raw=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -101,7 +97,7 @@ def main(arguments: list[str]) -> None:
     names = classifier.class_names
     if f.top is not None and not 1 <= f.top <= len(names):
         raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
-    wide, width = (max(len(printable(text)) for text in texts) for texts in (paths, names))
+    wide, width = (max(len(visible(text, "")) for text in texts) for texts in (paths, names))
     top = f.top or (1 if f.csv else min(5, len(names)))
     lines = SimpleNamespace(write=partial(say, needed=True))
     table = csv.writer(lines, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
@@ -121,13 +117,10 @@ def main(arguments: list[str]) -> None:
                 table.writerow([path, name, p, doubt.get("unsure"), error])
         elif f.json:
             row: Any = {"predictions": [{"class": name, "probability": p} for name, p in best]}
-            say(
-                json.dumps({"path": path} | (row if best else {"error": error}) | doubt),
-                needed=True,
-            )
+            lines.write(json.dumps({"path": path} | (row if best else {"error": error}) | doubt))
         else:
-            text = "".join(f"  {printable(name):<{width}} {p:6.1%}" for name, p in best)
+            text = "".join(f"  {visible(name, ''):<{width}} {p:6.1%}" for name, p in best)
             text = text + "  unsure" * doubt.get("unsure", 0) or "  cannot be read"
-            say(f"{printable(path):<{wide}}{text}", needed=True)
+            lines.write(f"{visible(path, ''):<{wide}}{text}")
     if bad:
         raise UserError(f"{bad} of {len(paths)} files cannot be read: see above")

@@ -6,12 +6,13 @@ defect, with its traceback, or another process of the run died.
 """
 
 import inspect
+import itertools
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,11 @@ from imgcls.errors import ImgclsError, UserError, meant, out_of_memory, visible
 from imgcls.run import signals
 from imgcls.run.logs import complain, drop, say
 
+MISSING = "--config is missing: try --config=configs/digits.py"
 HELP = {"--help", "-help", "-h", "-?", "--helpfull", "--helpshort"}
 
 flags.DEFINE_boolean("debug", False, "Show the traceback of errors that have a one-line message.")
 flags.DEFINE_string("workdir", None, "Directory of the run: its checkpoints and results.")
-
-
-def define_checkpoint() -> None:
-    flags.DEFINE_string("checkpoint", "", "latest, best or a step; else the one the config names.")
-
-
-def define_raw() -> None:
-    flags.DEFINE_boolean("raw", False, "Probabilities as trained, not calibrated.")
 
 
 def required_workdir() -> Path:
@@ -60,15 +54,24 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
     for chatty in ("orbax", "jax", "matplotlib", "tensorboardX"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    if "--debug" not in argv:
+    debug = any(re.fullmatch("--?debug(=(?i:true|t|1))?", word) for word in argv)
+    if not debug:
         sys.unraisablehook = _except_tensorstore
     code = 0
     try:
         module = command()
         others = set(flags.FLAGS) - {"debug", "workdir"}  # of the libraries
-        argv = re.sub("\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
+        typed = re.sub("\0--?config[\0=]", "\0--config=", "\0".join(argv))
+        argv = re.sub("\0--?(config\\.[^\0=]+)\0(?!-)", "\0--\\1=", typed).split("\0")
         # A shell leaves the ~ of --name=~/path to the program.
         argv = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in argv]
+        # --config goes before its keys, and of each the last counts. ml_collections, which looks
+        # into sys.argv, would join tuples, and define a key again for another --config.
+        given = re.compile("--?config[^=]*=").match
+        keyed = {word.partition("=")[0]: word for word in filter(given, argv)}
+        first = sorted(keyed.values(), key=lambda word: not word.startswith("--config="))
+        argv = [*argv[:1], *first, *itertools.filterfalse(given, argv[1:])]
+        sys.argv = argv if keyed else sys.argv
         module.define_flags()
         module.main(_parse(module, argv, set(flags.FLAGS) - others))
     except KeyboardInterrupt:
@@ -77,7 +80,7 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
         code = error.code or 0
     except BaseException as error:
         known = error if isinstance(error, ImgclsError) else out_of_memory(error)
-        if known is None or "--debug" in argv:
+        if known is None or debug:
             complain(traceback.format_exc())
         if known is not None:
             line = " ".join(str(known).splitlines())
@@ -116,31 +119,46 @@ def _parse(module: Any, argv: list[str], own: set[str]) -> list[str]:
         lines = [f"  --{flag.name}={flag.default}  {flag.help}" for flag in ours]
         say("\n".join([inspect.cleandoc(module.__doc__ or ""), "", *lines, more]))
         raise SystemExit(0)
-    if hasattr(module, "check_flags"):
-        module.check_flags(argv, own)
     if hasattr(module, "GROUPS"):  # absl would drop a "--", and read no flag after it
         argv = ["-" if word == "--" else word for word in argv]
+    keys = module.check_flags(argv) if hasattr(module, "check_flags") else []
+    _refuse_unknown(itertools.takewhile("--".__ne__, argv[1:]), own, keys)
     try:
         arguments = flags.FLAGS(argv)[1:]
-    except flags.UnrecognizedFlagError as error:
-        trained = (name := error.flagname).partition(".")[0] == "config" not in own
-        known = [f"--{k}" for k in sorted(own) if k.startswith("config.") or not trained]
-        why = f"--{name} cannot be set after training" if trained else f"there is no flag --{name}"
-        raise UserError(f"{why}: {meant(name, known)}") from error
     except flags.IllegalFlagValueError as error:
         name, value = re.findall("flag --(.+?)=(.*?): ", str(error), re.DOTALL)[0]
-        parser = flags.FLAGS[name].parser
+        parser: Any = flags.FLAGS[name].parser
         kinds = {"bool": "true or false", "tuple": "a tuple such as (32,32)"}
-        kinds["string enum"] = f"one of {', '.join(getattr(parser, 'enum_values', ()))}"
-        wanted = parser.syntactic_help or kinds.get(parser.flag_type(), "another")
+        wanted = parser.syntactic_help or kinds.get(parser.flag_type())
+        wanted = wanted or f"one of {', '.join(parser.enum_values)}"
         raise UserError(f"--{name}={value} must be {wanted}") from error
     except Exception as error:  # of a flag or a key
         text = re.sub(r"[\\'\"\s]+", " ", str(error)).strip()
         raise UserError(f"{text} (see --help)") from error
+    for name in own:
+        if (value := flags.FLAGS[name].value) != value:
+            raise UserError(f"--{name}={value} must be a number")
+        if name in ("workdir", "output", "data_dir") and "://" in (value or ""):
+            raise UserError(f"--{name}={value} is remote: name a path of this machine")
     for word in arguments if not hasattr(module, "POSITIONAL") else ():
         run, plain = os.path.exists(f"{word}/config.json"), word.lstrip("-–— ")
         fits = {"config": word.endswith(".py"), "workdir": run, "data_dir": os.path.isdir(word)}
         near = [plain] if "=" in plain else [f"{k}={word}" for k in fits if fits[k] and k in own]
+        _refuse_unknown([f"--{plain}"] if "=" in plain else [], own, keys)
         hint = f"did you mean --{near[0]}?" if near else "flags are --name=value"
         raise UserError(f"unexpected argument {word!r}: {hint}")
     return arguments
+
+
+def _refuse_unknown(words: Iterable[str], own: set[str], keys: list[str]) -> None:
+    """Raises UserError for a flag that is neither one of `own` nor of the `keys` of a config."""
+    for name in (w.lstrip("-").partition("=")[0] for w in words if re.match("--?[a-zA-Z]", w)):
+        if {name, name.removeprefix("no")} & {*own, *keys}:
+            continue
+        known, told = [f"--{k}" for k in (*sorted(own), *keys)], f"there is no flag --{name}"
+        if name.partition(".")[0] == "config" and not keys:
+            if "config" in own:
+                raise UserError(MISSING)
+            if settable := [flag for flag in known if flag.startswith("--config.")]:
+                known, told = settable, f"--{name} cannot be set after training"
+        raise UserError(f"{told}: {meant(name, known)}")

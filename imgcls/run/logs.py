@@ -22,6 +22,7 @@ from imgcls.run.files import append_line, write_bytes
 
 # What each row of metrics.jsonl has beside the figures of the task.
 ROW_KEYS = ("step", "epoch", "split", "learning_rate", "images_per_second", "seconds")
+SPACES = "\n\t\xa0\u1680\u202f\u205f\u3000\u200c\u200d" + "".join(map(chr, range(0x2000, 0x200B)))
 BAR = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
 
 
@@ -29,14 +30,14 @@ def say(text: str, *, needed: bool = False) -> None:
     """Prints lines, in process 0. Escape sequences in them are shown, not obeyed.
 
     A reader or terminal that left (`| head`) or a full disk ends the output, not the run; but a
-    full disk is a UserError where the output is `needed`.
+    full disk is a UserError where the output is `needed`, in which names have all their spaces.
     """
     if not is_main():
         return
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
-        tqdm.write(shown, file=sys.stdout)
+        shown = visible(text, SPACES if needed else "\n\t").encode(encoding, "backslashreplace")
+        tqdm.write(shown.decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         drop(sys.stdout)

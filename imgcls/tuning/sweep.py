@@ -248,7 +248,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     f, workdir = flags.FLAGS, cli.required_workdir()
     if f.config is None and not (workdir / "sweep.json").exists():
-        raise UserError("--config is missing: try --config=configs/digits.py")
+        raise UserError(cli.MISSING)
     saved = read_plan(workdir) if f.config is None else {}  # what is not given is as it was
     config = from_json(saved["config"]) if saved else f.config.copy_and_resolve_references()
     given = [name for name in PLAN.keys() - {"config"} if not saved or f[name].present]

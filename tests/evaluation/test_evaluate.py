@@ -246,10 +246,13 @@ def test_another_folder_is_evaluated_by_the_names_of_its_classes_and_is_no_look_
 ):
     before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     flags = {"workdir": finished, "split": "test", "checkpoint": "", "tta": None}
-    flags = SimpleNamespace(data_dir=str(elsewhere), **flags)
+    flags = SimpleNamespace(data_dir="", **flags)
     monkeypatch.setattr(evaluation.flags, "FLAGS", flags)
     monkeypatch.setattr(evaluation.cli, "required_workdir", lambda: finished)
     monkeypatch.setattr(experiment, "harmless", dict)
+    with pytest.raises(UserError, match="--data_dir= is not a directory"):  # an unset variable
+        evaluation.main([])
+    flags.data_dir = str(elsewhere)
     evaluation.main([])
     name = f"on_{elsewhere.parent.name}-pictures_latest"
     results = read(finished / f"results_{name}.json")
@@ -276,11 +279,14 @@ def test_a_folder_without_pictures_of_the_classes_is_refused(finished, elsewhere
     classifier = load(finished)
     with pytest.raises(UserError, match="no folder of pictures of the classes 0, .*: its.* more"):
         evaluation.open_other(classifier, str(elsewhere / "letters"))
+    with pytest.raises(UserError, match=f"a directory: did you mean {elsewhere / 'letters'}"):
+        evaluation.open_other(classifier, str(elsewhere / "leters"))
+    for name in ("", str(ROOT / "README.md")):
+        with pytest.raises(UserError, match=f"--data_dir={name} is not a directory: name one"):
+            evaluation.open_other(classifier, name)
     classifier.config.data.ignore = "more"
     with pytest.raises(UserError, match="no folder of pictures"):
         evaluation.open_other(classifier, str(elsewhere))
-    with pytest.raises(UserError, match="nowhere is not a directory"):
-        evaluation.open_other(classifier, str(elsewhere / "nowhere"))
 
 
 def test_views_are_shifts_and_mirror_images_of_the_picture():

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -447,3 +448,12 @@ def test_in_a_browser(tmp_path):
             assert last == "–"  # the absent class stays last either way
         browser.evaluate("document.querySelectorAll('#classes th button')[0].click()")
         assert browser.evaluate(recall) == unsorted
+
+
+def test_the_command_of_a_remedy_can_be_typed(tmp_path):
+    workdir = tmp_path / "a run; mine"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    with pytest.raises(UserError) as told:
+        report.read_run(workdir)
+    assert shlex.split(str(told.value))[-4:] == ["-m", "imgcls", "evaluate", f"--workdir={workdir}"]

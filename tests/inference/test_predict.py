@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 
 from imgcls import experiment, load
-from imgcls.errors import BadExampleError, UserError
+from imgcls.errors import BadExampleError, CheckpointError, UserError
 from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
 from imgcls.inference.classifier import fitted_temperature
@@ -198,12 +198,12 @@ def set_flags(monkeypatch, workdir, **changed):
 
 def test_a_table_for_people(workdir, classifier, digits, tmp_path, monkeypatch, capsys):
     set_flags(monkeypatch, workdir)
-    path = tmp_path / "0\x1b[31m\n.png"
+    path = tmp_path / "0\x1b[31m\n\\.png"
     Image.fromarray(digits[0, ..., 0]).save(path)
     module.main([str(path)])
     found = classifier(digits[:1])[0]
     best = "  ".join(f"{k} {found[k]:6.1%}" for k in np.argsort(-found)[:5])
-    assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n.png  {best}" + "\n"
+    assert capsys.readouterr().out == rf"{tmp_path}/0\x1b[31m\n\.png  {best}" + "\n"
 
 
 def test_probabilities_are_calibrated_where_a_temperature_was_fitted(
@@ -263,9 +263,10 @@ def test_no_class_and_more_than_there_are_cannot_be_asked_for(workdir, pictures,
 
 
 def test_one_or_several_paths_pictures_and_arrays_of_any_kind_are_that_digit(
-    classifier, digits, pictures, tmp_path
+    classifier, digits, pictures, tmp_path, monkeypatch
 ):
     gray, path = digits[0, ..., 0], pictures / "000.png"
+    monkeypatch.setenv("HOME", str(pictures))
     plain = Image.fromarray(gray)
     colour = np.dstack([gray] * 3)
     sideways = plain.transpose(Image.Transpose.ROTATE_90)
@@ -274,7 +275,14 @@ def test_one_or_several_paths_pictures_and_arrays_of_any_kind_are_that_digit(
     sideways.save(tmp_path / "sideways.png", exif=exif)
     expected = classifier(digits[:1])
     assert expected.shape == (1, 10)
-    kinds = (path, str(path), plain, plain.convert("RGBA"), Image.open(tmp_path / "sideways.png"))
+    kinds = (
+        path,
+        str(path),
+        "~/000.png",
+        plain,
+        plain.convert("RGBA"),
+        Image.open(tmp_path / "sideways.png"),
+    )
     kinds += (gray, gray[..., None], colour, np.dstack([colour, np.full_like(gray, 255)]))
     kinds += (gray / 255, np.float32(colour) / 255)
     for kind in kinds:
@@ -299,6 +307,12 @@ def test_another_array_is_refused_with_what_is_expected(classifier, image):
         classifier("nowhere.png")
 
 
+def test_a_step_may_be_a_number(workdir):
+    assert load(workdir, 0, calibrated=False).state.step == 0
+    with pytest.raises(CheckpointError, match="no checkpoint 7: there are latest, 0"):
+        load(workdir, 7)
+
+
 def test_loading_a_run_tells_nothing_of_orbax(workdir, caplog):
     caplog.set_level("INFO")
     load(workdir)
@@ -308,7 +322,7 @@ def test_loading_a_run_tells_nothing_of_orbax(workdir, caplog):
 def test_a_table_for_spreadsheets_quotes_names_and_tells_errors(
     workdir, digits, tmp_path, monkeypatch, capsys
 ):
-    names = ['a "quoted", name.png', "bad.png", "two\nlines.png"]
+    names = ['a "quoted", name.png', "bad.png", "two\nlines and\u202fspaces\u3000.png"]
     for name in names[::2]:
         Image.fromarray(digits[0, ..., 0]).save(tmp_path / name)
     (tmp_path / "bad.png").write_bytes(b"")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imgcls.run.logs import MetricWriter, progress, read_metrics
+from imgcls.run.logs import MetricWriter, progress, read_metrics, say
 from imgcls.train import log_row
 
 
@@ -63,3 +63,9 @@ def test_rows_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
         writer.write({"step": 1, "epoch": 0.5, "split": "train", "loss": 1e30})
         assert (tmp_path / "metrics.jsonl").stat().st_ino in synced
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 1e30
+
+
+def test_names_for_programs_have_their_spaces_and_no_escape_sequences(capsys):
+    names = "Screenshot 9.41\u202fAM 写真\u30001 a\xa0b می\u200cخواهم 👩\u200d🔬\n"
+    say(names + "\x1b\x9b\u202e\udcff\r", needed=True)
+    assert capsys.readouterr().out == names + r"\x1b\x9b\u202e\udcff\r" + "\n"
