@@ -29,6 +29,13 @@ IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225
 HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
 SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
 OFFERED = "name a workdir, a .safetensors file, or one on huggingface.co: timm/resnet18.a1_in1k"
+# Names of arrays, and how timm calls the architectures that have them.
+FAMILIES = {
+    "pos_embed": "vit|deit",
+    "conv_stem.weight": "efficientnet",
+    "stem.0.weight": "convnext",
+}
+FAMILIES |= {"layer1.0.conv1.weight": "resnet"}
 SHAPELESS = ("model.heads", "model.pad_whitening")  # no array's shape tells of a wrong one
 
 
@@ -130,11 +137,16 @@ def _expected(path: Path, named: dict[str, np.ndarray]) -> dict[str, Any]:
     expects, how = (HALF, "bicubic") if half else (IMAGENET, "bilinear")
     try:
         told = json.loads(path.with_name("config.json").read_bytes())
+        family = next((family for name, family in FAMILIES.items() if name in named), "")
+        if not re.search(family, told.get("architecture", family)):
+            raise ValueError  # another file's, in the same folder
         told = told.get("pretrained_cfg", told)
         expects = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
         how = told.get("interpolation")
     except Exception:  # there may be none, or anything in it
-        say(f"{path} has no config.json beside it: the usual mean and deviation are taken")
+        say(
+            f"{path} has no config.json of its own beside it: the usual mean and deviation are taken"
+        )
     return expects | {"data.resize": "squash-bicubic" if how == "bicubic" else "squash"}
 
 

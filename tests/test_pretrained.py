@@ -327,6 +327,15 @@ def test_a_name_of_a_hub_is_downloaded_with_what_it_expects(tmp_path, monkeypatc
     assert weights.expects == {
         "data.mean": (0.4, 0.5, 0.6), "data.std": (0.1, 0.2, 0.3), "data.resize": "squash-bicubic"
     }  # fmt: skip
+    of_another = {"architecture": "resnet18", "pretrained_cfg": told}  # weights share a folder
+    (folder / "config.json").write_text(json.dumps(of_another))
+    expects = open_weights(str(folder / "model.safetensors")).expects
+    assert expects["data.mean"] == (0.5, 0.5, 0.5)
+    assert "no config.json of its own" in capsys.readouterr().out
+    (folder / "config.json").write_text(
+        json.dumps(of_another | {"architecture": "tf_efficientnet_lite0"})
+    )
+    assert open_weights(str(folder / "model.safetensors")).expects == weights.expects
 
 
 @pytest.mark.parametrize("installed", [True, False])
