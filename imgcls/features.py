@@ -32,7 +32,7 @@ def kept_features(exp: Experiment, state: TrainState) -> dict[str, Any]:
     images, the config of model, augmentation and views, and what decides bits.
     """
     c, head, arrays = exp.config, head_of(state.params), flatten_dict(state.eval_variables)
-    say(f"{head} learns alone, with config.optim.probe_learning_rate={c.optim.probe_learning_rate}")
+    say(f"the last layer learns alone, optim.probe_learning_rate={c.optim.probe_learning_rate}")
     if jax.process_count() > 1:  # one could find what another does not
         return _compute(exp, state)
     what = {k: v for k, v in chosen(c).items() if k.startswith(("model.", "augment.", "task."))}
