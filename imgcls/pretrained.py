@@ -144,9 +144,7 @@ def _expected(path: Path, named: dict[str, np.ndarray]) -> dict[str, Any]:
         expects = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}
         how = told.get("interpolation")
     except Exception:  # there may be none, or anything in it
-        say(
-            f"{path} has no config.json of its own beside it: the usual mean and deviation are taken"
-        )
+        say(f"{path} has no config.json of its own: the usual mean and deviation are taken")
     return expects | {"data.resize": "squash-bicubic" if how == "bicubic" else "squash"}
 
 
