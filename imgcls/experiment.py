@@ -180,6 +180,10 @@ class Experiment:
         return create_schedule(o.schedule, learning_rate=o.learning_rate, probe=probe, **steps)
 
     @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config, self.schedule)
+
+    @functools.cached_property
     def rng(self) -> jax.Array:
         """The key from which, with the step, all of training's randomness comes."""
         older = not hasattr(jax, "enable_x64")  # before 0.8

@@ -116,7 +116,7 @@ def test_a_sweep_decides_on_the_epochs_and_each_trial_on_the_rest(config, tmp_pa
     space = canonical({"optim.learning_rate": ("log", 0.001, 0.01)})
     config.train.steps = 400
     every = max(400 // 20, 1)
-    with pytest.raises(UserError, match=rf"multiple of .*every_epochs={every} under .*=400"):
+    with pytest.raises(UserError, match=rf"multiples of .*every_epochs={every} under .*=400"):
         start(tmp_path / "sweep", config, space, rungs=(every + 1,))
     start(tmp_path / "sweep", config, space, rungs=(every,))
     start(tmp_path / "sweep", config, space, rungs=(every,))
