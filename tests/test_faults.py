@@ -99,8 +99,8 @@ def test_killed_and_started_again_is_the_run_that_was_never_killed(uninterrupted
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(uninterrupted, tmp_path):
-    kill_and_resume(tmp_path, kills=20, seed=1)
+def test_twelve_kills_change_nothing(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path, kills=12, seed=1)
     assert final_arrays(tmp_path) == uninterrupted
 
 
