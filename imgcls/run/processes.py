@@ -62,7 +62,8 @@ def session(
         yield
         return
     # JAX would take SIGTERM for itself; a stop is agreed upon by `Agreement`.
-    jax.config.update("jax_enable_preemption_service", False)
+    with contextlib.suppress(AttributeError):  # which jax 0.7 has not
+        jax.config.update("jax_enable_preemption_service", False)
     given["heartbeat_timeout_seconds"] = heartbeat_timeout
     # JAX aborts the process at its own timeout; ours comes first, and tells what to do.
     given["initialization_timeout"] = start_timeout + 60
