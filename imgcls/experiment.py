@@ -230,10 +230,14 @@ class Experiment:
         """
         return not self.config.optim.ema_decay or step >= min(EMA_SETTLES, self.total_steps)
 
+    def phase(self, step: int) -> dict[str, bool]:
+        """Which of the training programs a step has: the arguments of `jit_train_step`."""
+        return {"small": step < self.small_steps, "frozen": step < self.frozen_steps}
+
     def augmented_images(self, step: int = 0) -> jax.Array:
         """The images of a step's batch as the network sees them: float32[B, H, W, C] in [0, 1]."""
-        small, frozen = step < self.small_steps, step < self.frozen_steps
-        augment = compose() if frozen else self.augmentation(small=small)
+        phase = self.phase(step)
+        augment = compose() if phase["frozen"] else self.augmentation(small=phase["small"])
         how: Any = {"task": self.task, "num_classes": len(self.class_names)}
         apply = partial(augment_batch, augment=augment, **how)
         batch = self._read_train(self.order[step], step=step)

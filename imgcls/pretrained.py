@@ -29,13 +29,7 @@ IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225
 HALF = {"data.mean": (0.5, 0.5, 0.5), "data.std": (0.5, 0.5, 0.5)}
 SAVE = "s.save_file(torch.load('IN.pth', weights_only=True), 'OUT.safetensors')"
 OFFERED = "name a workdir, a .safetensors file, or one on huggingface.co: timm/resnet18.a1_in1k"
-# Names of arrays, and how timm calls the architectures that have them.
-FAMILIES = {
-    "pos_embed": "vit|deit",
-    "conv_stem.weight": "efficientnet",
-    "stem.0.weight": "convnext",
-}
-FAMILIES |= {"layer1.0.conv1.weight": "resnet"}
+FAMILIES = {"vit": "vit|deit", "efficientnet_lite": "efficientnet"}  # others are as timm's
 SHAPELESS = ("model.heads", "model.pad_whitening")  # no array's shape tells of a wrong one
 
 
@@ -65,12 +59,14 @@ def open_weights(name: str) -> Weights:
             f"{printable(name)} is not read, because it could run code: convert it where torch is "
             f'installed, with python -c "import torch, safetensors.torch as s; {SAVE}"'
         )
-    runs = [p.parent for d in filter(os.path.isdir, [path.parent]) for p in d.glob("*/checkpoints")]
-    if not os.path.exists(path) and (near := did_you_mean(path.name, [r.name for r in runs], runs)):
-        raise UserError(f"config.model.init_from={printable(name)} does not exist: {near}")
-    if not os.path.exists(path) and re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.safetensors)", name):
-        path = _download(name)
-        facts["revision"] = path.parent.name
+    if not os.path.exists(path):
+        beside = path.parent.glob("*/checkpoints") if os.path.isdir(path.parent) else ()
+        runs = [checkpoints.parent for checkpoints in beside]
+        if near := did_you_mean(path.name, [run.name for run in runs], runs):
+            raise UserError(f"config.model.init_from={printable(name)} does not exist: {near}")
+        if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.safetensors)", name):
+            path = _download(name)
+            facts["revision"] = path.parent.name
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe may take for ever
             raise OSError(0, "it is neither a regular file nor the workdir of a run")
@@ -89,7 +85,8 @@ def open_weights(name: str) -> Weights:
     try:
         known = of_config(configs.from_json(json.loads(metadata["config"])))  # of an own export
     except Exception:  # there may be none, or anything in it
-        known = {"expects": _expected(path, named), "fits": fitting(arrays)}
+        fits = fitting(arrays)
+        known = {"expects": _expected(path, named, fits.get("model.name", "")), "fits": fits}
     return Weights(arrays, facts, **known)
 
 
@@ -130,15 +127,14 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def _expected(path: Path, named: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What timm's config.json beside a file says of the images; else what is usual."""
+def _expected(path: Path, named: dict[str, np.ndarray], model: str) -> dict[str, Any]:
+    """What timm's config.json beside a file of a model says of the images; else what is usual."""
     # timm's vision transformers, but for DINOv2, and Lite have 0.5.
     half = {"pos_embed", "conv_stem.weight"} & {*named} and "blocks.0.ls1.gamma" not in named
     expects, how = (HALF, "bicubic") if half else (IMAGENET, "bilinear")
     try:
         told = json.loads(path.with_name("config.json").read_bytes())
-        family = next((family for name, family in FAMILIES.items() if name in named), "")
-        if not re.search(family, told.get("architecture", family)):
+        if not re.search(FAMILIES.get(model, model), told.get("architecture", model)):
             raise ValueError  # another file's, in the same folder
         told = told.get("pretrained_cfg", told)
         expects = {f"data.{key}": tuple(map(float, told[key])) for key in ("mean", "std")}

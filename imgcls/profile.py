@@ -47,7 +47,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
         run = Run(exp, workdir, Checkpoints(workdir / "checkpoints"), Agreement(stop, delay=0))
         state, _ = start_or_resume(run)
         step = min(int(state.step), exp.total_steps - 1)  # of a finished run, the last
-        phase = {"small": step < exp.small_steps, "frozen": step < exp.frozen_steps}
+        phase = exp.phase(step)
         exp.features = kept_features(exp, state) if phase["frozen"] else None
         train_step = exp.compile_train_step(state, **phase)
         batch = exp.train_batch(step)

@@ -282,7 +282,7 @@ def compile_steps(
     What follows small images, or the last layer alone, is compiled in the background meanwhile.
     """
     step = int(state.step)
-    phase = {"small": step < exp.small_steps, "frozen": step < exp.frozen_steps}
+    phase = exp.phase(step)
     if phase["frozen"]:
         exp.features = interruptibly(partial(kept_features, exp, state))
     shapes = jax.tree.map(  # the arrays themselves are soon donated

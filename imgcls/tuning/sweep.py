@@ -125,8 +125,9 @@ def start(
         "config.train.patience must be 0 in a sweep": config.train.patience,
         "a sweep chooses on validation: set config.data.validation": not config.data.validation,
     }
-    for why in [why for why in wrong if wrong[why]]:
-        raise UserError(why)
+    for why, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(why)
     plan = {"config": to_json(config), "space": space, "rungs": list(rungs), "keep": float(keep)}
     plan |= {"finalists": finalists, "seeds": seeds, "search": search, "seed": seed}
     plan |= {"trials": trials if space else 1, "cores": cores}  # which decides the last bits

@@ -46,7 +46,7 @@ def test_the_progress_bar_keeps_its_bar_the_count_and_the_time_left_and_fits(mon
             log_row(exp, log, 9876, "validation", sums, 12345.6)
 
     lines = re.split("[\\r\\n]+", on_a_terminal(columns, show, monkeypatch))
-    assert max(map(len, lines)) <= columns  # a full line does not wrap
+    assert max(map(len, lines)) < columns
     shown = [line for line in lines if "loss" in line]
     assert shown and all(
         re.match(r" 51%\|.{8}\| 9876/19500 \[\d\d:\d\d<.+\] loss", x) for x in shown
