@@ -68,9 +68,9 @@ def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tq
         say(f"{doing}: {total} {unit}")
     options: dict[str, Any] = {"dynamic_ncols": True, "disable": None if is_main() else True}
     with tqdm(total=total, desc=doing, initial=initial, bar_format=BAR, **options) as bar:
-        # Its versions before 4.70 fill the last column, too, where some terminals wrap.
-        width = lambda file: max(os.get_terminal_size(file.fileno()).columns - 1, 0)
-        bar.dynamic_ncols = lambda file: (width(file), None)
+        if not bar.disable:  # its versions before 4.70 fill the last column, where some wrap
+            shape = bar.dynamic_ncols
+            bar.dynamic_ncols = lambda file: ((shape(file)[0] or 1) - 1, None)
         yield bar
 
 
