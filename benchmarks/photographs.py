@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         found["torch"] = {"error": f"{error.name} is not installed"}
     if not arguments.quick:
-        common.write_result("photographs", f"{name}, seed {arguments.seed}", found)
+        size = "x".join(map(str, config.data.image_size))
+        common.write_result("photographs", f"{name} at {size}, seed {arguments.seed}", found)
     print(common.table([["", *found["imgcls"]], *([k, *v.values()] for k, v in found.items())]))
     return found
 

@@ -117,7 +117,7 @@ def train_and_evaluate(
         run = Run(exp, workdir, checkpoints, Agreement(stop, delay=STEPS_AHEAD))
         state, meta = start_or_resume(run, weights)
         meta["config"] = configs.to_json(config)
-        epochs = min(until_epoch or config.train.epochs, config.train.epochs)
+        epochs = min(n for n in (until_epoch, config.train.epochs) if n is not None)
         try:
             write_json(workdir / "config.json", meta["config"])
             record.keep(workdir, exp.splits, anew=not checkpoints.steps())

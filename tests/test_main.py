@@ -74,6 +74,7 @@ main.py --configs=configs/digits.py --workdir=w  |  --configs: did you mean --co
 main.py —config=configs/digits.py --workdir=w  |  did you mean --config=configs/digits.py?
 main.py --config=configs/digits.py --wrkdir=w  |  no flag --wrkdir: did you mean --workdir?
 @ --log_dir=w  |  there is no flag --log_dir: there are --config
+@ --flagfile=no_such_file  |  there is no flag --flagfile: write its flags
 @ --gpu=0  |  no flag --gpu: there are --config, --coordinator_addr
 @ --debug=maybe  |  --debug=maybe must be true or false
 @ --epochs=5  |  did you mean --config.train.epochs?

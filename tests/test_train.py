@@ -466,7 +466,7 @@ def test_a_callback_stops_a_run_that_a_later_call_finishes(uninterrupted, tmp_pa
 
 def test_trained_epoch_by_epoch_and_tested_later_a_run_is_the_same(uninterrupted, tmp_path):
     config = small_config(**EVERYTHING)
-    for epoch in (1, 1, 2, 3):
+    for epoch in (0, 1, 1, 2, 3):
         state = train_and_evaluate(config, tmp_path, until_epoch=epoch, test=False)
         assert state.step == 5 * min(epoch, 2)
     assert not (tmp_path / "test_evaluations.jsonl").exists()

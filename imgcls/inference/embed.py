@@ -37,9 +37,10 @@ def main(arguments: list[str]) -> None:
     if output.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise UserError(f"--output={output} needs more: pip install pyarrow, or name an .npz file")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as file:  # refused, if it is, before the work
             classifier = load(cli.required_workdir(), flags.FLAGS.checkpoint)
-            found = dict(zip(paths, predict(classifier, paths, features=True)))
+            found = {p: row for row, p in zip(predict(classifier, paths, features=True), paths)}
             good = {path: row for path, row in found.items() if isinstance(row, np.ndarray)}
             for error in (row for row in found.values() if isinstance(row, BadExampleError)):
                 complain(f"error: {error}")

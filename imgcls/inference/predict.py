@@ -73,11 +73,14 @@ def predict(
             return error
         return fit_image(image, image_size=tuple(c.image_size), resize=c.resize)
 
-    with ThreadPoolExecutor(machine.cpu_cores()) as executor:
+    shown: Any = {"bar_format": BAR, "disable": None, "dynamic_ncols": True}
+    bar = tqdm(desc="reading", total=len(paths), **shown)
+    with bar, ThreadPoolExecutor(machine.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
             images = list(executor.map(read, paths[start : start + batch_size]))
             rows = iter(classifier([x for x in images if isinstance(x, np.ndarray)], **how))
             for image in images:
+                bar.update()
                 yield next(rows) if isinstance(image, np.ndarray) else image
 
 
@@ -98,13 +101,12 @@ def main(arguments: list[str]) -> None:
     if f.top is not None and not 1 <= f.top <= len(names):
         raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
     wide, width = (max(len(visible(text, "")) for text in texts) for texts in (paths, names))
-    top = f.top or (1 if f.csv else min(5, len(names)))
+    bad, top = 0, f.top or (1 if f.csv else min(5, len(names)))
     lines = SimpleNamespace(write=partial(say, needed=True))
     table = csv.writer(lines, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
     if f.csv:
         table.writerow(["path", "class", "probability", "unsure", "error"])
-    bad, shown = 0, {"total": len(paths), "bar_format": BAR, "disable": None, "dynamic_ncols": True}
-    for path, found in tqdm(zip(paths, predict(classifier, paths)), "predicting", **shown):
+    for found, path in zip(predict(classifier, paths), paths):
         error, best, doubt = "", list[tuple[str, float]](), {}
         if isinstance(found, BadExampleError):
             bad, error = bad + 1, str(found)

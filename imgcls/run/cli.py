@@ -72,6 +72,8 @@ def run(command: Callable[[], Any], argv: list[str]) -> None:
         first = sorted(keyed.values(), key=lambda word: not word.startswith("--config="))
         argv = [*argv[:1], *first, *itertools.filterfalse(given, argv[1:])]
         sys.argv = argv if keyed else sys.argv
+        if any(re.match("--?flagfile", word) for word in argv):
+            raise UserError("there is no flag --flagfile: write its flags on the command line")
         module.define_flags()
         module.main(_parse(module, argv, set(flags.FLAGS) - others))
     except KeyboardInterrupt:

@@ -122,10 +122,8 @@ def tell_of_bfloat16() -> None:
 
 def check_memory(compiled: jax.stages.Compiled) -> None:
     """`check_fits` of what a program needs."""
-    if needs := compiled.memory_analysis():
-        check_fits(
-            needs.output_size_in_bytes + needs.temp_size_in_bytes - needs.alias_size_in_bytes
-        )
+    if of := compiled.memory_analysis():
+        check_fits(of.output_size_in_bytes + of.temp_size_in_bytes - of.alias_size_in_bytes)
 
 
 def check_fits(needed: int) -> None:

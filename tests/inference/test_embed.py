@@ -52,7 +52,7 @@ def test_the_command_writes_ids_and_features_and_names_what_it_cannot_read(
 ):
     if kind == "parquet" and not find_spec("pyarrow"):
         pytest.skip("needs pip install pyarrow")
-    output = tmp_path / f"features.{kind}"
+    output = tmp_path / "new" / f"features.{kind}"
     result = embed(workdir, output, pictures)
     assert result.returncode == 2 and "1 of 4 files cannot be read" in result.stderr
     if kind == "npz":
