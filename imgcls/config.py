@@ -85,10 +85,8 @@ def _own_keys(section: str, name: str, component: Callable) -> dict[str, Key]:
 
 def own_values(config: ConfigDict, section: str, component: Callable) -> dict[str, Any]:
     """The values of a component's own keys, to call it with."""
-    return {
-        key.partition(".")[2]: config[section][key.partition(".")[2]]
-        for key in _own_keys(section, config[section].get("name", ""), component)
-    }
+    keys = _own_keys(section, config[section].get("name", ""), component)
+    return {name: config[section][name] for name in (key.partition(".")[2] for key in keys)}
 
 
 def validate(config: ConfigDict | dict[str, Any]) -> None:
@@ -111,11 +109,10 @@ def validate(config: ConfigDict | dict[str, Any]) -> None:
             raise UserError(f"config.{key}={flat[key]} needs a config.data.validation")
     if not flat["train.epochs"] and not flat["train.steps"]:
         raise UserError("config.train.epochs=0 must be at least 1 where config.train.steps=0")
+    most = flat["train.epochs"] or math.inf
     for key in ("optim.warmup_epochs", "train.small_epochs", "train.probe_epochs"):
-        if flat["train.epochs"] and flat[key] > flat["train.epochs"]:
-            raise UserError(
-                f"config.{key}={flat[key]} is more than config.train.epochs={flat['train.epochs']}"
-            )
+        if flat[key] > most:
+            raise UserError(f"config.{key}={flat[key]} is more than config.train.epochs={most}")
     if flat["data.alternate_flip"] and flat["augment.flip_probability"]:
         raise UserError(
             "config.data.alternate_flip takes the place of random flips: set "

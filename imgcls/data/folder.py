@@ -27,6 +27,8 @@ _SPLITS = {
     "test": "tst|test|tests|testing|holdout",
 }
 _AFFIXES = "(?:the|my|raw|set|split|folder|dir|data|dataset|images?|imgs?|pics|pictures|photos)*"
+# Of a mask, which is published beside its picture: "a.png", "a_mask.png", "a_mask_1.png".
+_MASK = re.compile(r"(?is)(.+)[ _-](mask|segmentation|superpixels|gt)([ _-]?\d+)?(\.[^.]*)?")
 LOOKED_AT = 1000  # pictures whose sizes are told
 
 
@@ -146,7 +148,7 @@ def read_tree(
     ignore: str = "",
     left_out: Counter[str] | None = None,
 ) -> Tree:
-    """The pictures below a folder; hidden files, pipes and the like are none.
+    """The pictures below a folder; hidden files, masks, pipes and the like are none.
 
     Folders whose names differ in normal form alone count as one.
 
@@ -155,8 +157,8 @@ def read_tree(
         follow_links: False refuses links with a UserError.
         refuse_loops: a link back to a folder around it is refused with a UserError, or left out.
         ignore: names of folders to leave out, with commas between them.
-        left_out: counts what is left out, by the ending of files and the name + "/" of folders;
-            0 of folders to ignore that are not there.
+        left_out: counts what is left out, by the ending of files, the name + "/" of folders, or as
+            masks; 0 of folders to ignore that are not there.
     """
     left_out = Counter() if left_out is None else left_out
     names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
@@ -188,6 +190,10 @@ def read_tree(
                         tree.files.append(entry.path)
                     else:
                         left_out[os.path.splitext(lower)[1] or name] += 1
+        stems = {os.path.splitext(file)[0] for file in tree.files}
+        masks = {f for f in tree.files if (mask := _MASK.fullmatch(f)) and mask[1] in stems}
+        left_out.update(["masks beside their pictures"] * len(masks))
+        tree.files[:] = [file for file in tree.files if file not in masks]
         for name, paths in folders.items():
             tree.folders[name] = read(paths, above)
         return tree

@@ -4,7 +4,7 @@
                              [--threshold=0.8] [--raw] [--json|--csv] IMAGE_OR_FOLDER...
 
 Prints a line a picture with its likeliest classes. Folders are searched to any depth, in the order
-of the names, without hidden files and those that are no pictures by their names. With --json a line
+of the names, without hidden files, masks and what is no picture by its name. With --json a line
 is {"path", "predictions": [{"class", "probability"}, ...]}, the likeliest first, or {"path",
 "error"} for a file that cannot be read: these are named on stderr, the others are still predicted,
 and the exit code is 2. With --csv a picture has a row, or --top: path, class, probability, unsure,

@@ -293,6 +293,25 @@ def test_what_is_no_picture_is_left_out_with_a_count_and_moves_none(tmp_path):
     assert "pictures of 5x4 to 5x4, median 5x4" in after["train"].describe()
 
 
+def test_masks_beside_their_pictures_are_left_out_and_pictures_named_like_them_are_not(tmp_path):
+    make_folder(tmp_path, {"benign": 20, "with_mask": 20})
+    before = open_folder(tmp_path)
+    for number in range(20):
+        picture = (tmp_path / "benign" / f"{number}.png").read_bytes()
+        for name in (f"{number}_mask.png", f"{number}_mask_1.png", f"{number}_Segmentation.PNG"):
+            (tmp_path / "benign" / name).write_bytes(picture)
+    after = open_folder(tmp_path)
+    assert {k: x.fingerprint for k, x in after.items()} == {
+        k: x.fingerprint for k, x in before.items()
+    }
+    assert "left out: 60 masks beside their pictures" in after["train"].describe()
+    for number in range(20):
+        (tmp_path / "with_mask" / f"{number}.png").rename(
+            tmp_path / "with_mask" / f"with_mask_{number}.png"
+        )
+    assert sum(map(len, open_folder(tmp_path).values())) == 40
+
+
 def photographs(count: int, seed: int = 0) -> list[Image.Image]:
     """Smooth pictures, all different."""
     rng = np.random.default_rng(seed)
