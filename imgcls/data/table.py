@@ -36,9 +36,9 @@ def open_table(
     table = os.path.expanduser(data_dir)
     root, shown, validation = os.path.dirname(table), printable(table), ""
     base = os.path.realpath(root)
-    splits: Splits = {}
-    seen, missing = set[str](), list[str]()
-    for line, path, label, split in _read(table, shown):
+    splits, seen, missing = Splits(), set[str](), list[str]()
+    rows, told = _read(table, shown)
+    for line, path, label, split in rows:
         where = f"{shown}, {line}"
         if not path or not label:
             raise UserError(f"{where} lacks a path or a label: complete or remove it")
@@ -66,12 +66,12 @@ def open_table(
         raise UserError(f"{shown} has no example of train")
     read = lambda part: FolderSource(root, part, [*part], 3)
     splits, notes = complete(splits, validation, read, **how)
-    own = (check(shown, splits, folders=False), channels, notes)
+    own = (check(shown, splits, folders=False), channels, [told, *notes])
     return {name: FolderSource(root, split, *own) for name, split in splits.items()}
 
 
-def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
-    """Place, path, label and split (train, where no column tells) of each row."""
+def _read(table: str, shown: str) -> tuple[list[tuple[str, str, str, str]], str]:
+    """Place, path, label and split (train, where no column tells) of each row; what was read."""
     parquet = re.search(r"\.(parquet|pq)$", table, re.I)
     try:
         if parquet:
@@ -90,10 +90,7 @@ def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
     except ImportError:
         raise UserError(f"{shown} needs pyarrow to be read: pip install pyarrow") from None
     names = [letters(name) for name in header]
-    found = {
-        column: [names.index(name) for name in known.split() if name in names]
-        for column, known in COLUMNS.items()
-    }
+    found = {k: [names.index(n) for n in v.split() if n in names] for k, v in COLUMNS.items()}
     if not found["path"] or not found["label"]:
         has = ", ".join(map(printable, header[:20]))
         raise UserError(f"{shown} has the columns {has or 'of an empty file'}; {LAYOUT}")
@@ -103,7 +100,11 @@ def _read(table: str, shown: str) -> list[tuple[str, str, str, str]]:
             raise UserError(f"{shown}, {line} has {counts}: quote values with commas")
     cell = lambda row, column: row[found[column][0]].strip()
     split = lambda row: cell(row, "split") if found["split"] else "train"
-    return [(line, cell(row, "path"), cell(row, "label"), split(row)) for line, row in rows]
+    used = {header[places[0]]: column for column, places in found.items() if places}
+    told = ", ".join(f"{printable(name)} as {column}" for name, column in used.items())
+    others = ", ".join(printable(name) for name in header if name and name not in used)
+    told = f"columns read: {told}" + f"; not read: {others}" * bool(others)
+    return [(line, cell(row, "path"), cell(row, "label"), split(row)) for line, row in rows], told
 
 
 def _read_parquet(table: str) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -46,6 +46,8 @@ def test_columns_go_by_usual_names_in_any_order(header, delimiter, tmp_path, row
     header = (header[1], "other", header[0])
     sources = open_table(write_table(tmp_path, turned, header, delimiter))
     assert sum(map(len, sources.values())) == 32
+    columns = f"columns read: {header[2]} as path, {header[0]} as label; not read: other"
+    assert columns in sources["train"].describe()
 
 
 def test_a_column_of_splits_divides(tmp_path, rows):
