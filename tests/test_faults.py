@@ -93,21 +93,14 @@ def kill_and_resume(workdir, kills, seed):
     finish(workdir, config)
 
 
-def test_killed_and_started_again_is_the_run_that_was_never_killed(uninterrupted, tmp_path):
-    kill_and_resume(tmp_path, kills=2, seed=0)
-    assert final_arrays(tmp_path) == uninterrupted
-
-
 @pytest.mark.slow
 def test_twelve_kills_change_nothing(uninterrupted, tmp_path):
     kill_and_resume(tmp_path, kills=12, seed=1)
     assert final_arrays(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize(
-    "sent, code",
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_present_step(uninterrupted, tmp_path, sent, code):
     config = small_config(**LONGER)
     process = start(tmp_path, config)

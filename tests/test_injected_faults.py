@@ -11,7 +11,7 @@ from tests.helpers import flags_of, small_config
 from tests.test_faults import final_arrays
 
 # Of the about 210 calls of the run below, evenly spread; each action in turn.
-POINTS = int(os.environ.get("IMGCLS_FAULT_POINTS", 64))
+POINTS = int(os.environ.get("IMGCLS_FAULT_POINTS", 40))
 RUN = small_config(
     data__train="train[:80]",
     data__validation="train[80:120]",
