@@ -28,7 +28,7 @@ _SPLITS = {
 }
 _AFFIXES = "(?:the|my|raw|set|split|folder|dir|data|dataset|images?|imgs?|pics|pictures|photos)*"
 # Of a mask, which is published beside its picture: "a.png", "a_mask.png", "a_mask_1.png".
-_MASK = re.compile(r"(?is)(.+)[ _-](mask|segmentation|superpixels|gt)([ _-]?\d+)?(\.[^.]*)?")
+_MASK = re.compile(r"(?is)(.+)[ _-](mask|segmentation|superpixels)([ _-]?\d+)?(\.[^.]*)?")
 LOOKED_AT = 1000  # pictures whose sizes are told
 
 
