@@ -74,7 +74,9 @@ def open_hub(name: str, *, data_dir: str | None, channels: int, **_: Any) -> dic
     labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if not images or len(labels) != 1:
         has = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
-        raise UserError(f"{shown} must have an Image and one ClassLabel, not {printable(has)}")
+        raise UserError(
+            f"{shown} must have an Image and one ClassLabel, but it has {printable(has)}"
+        )
     undecoded = found.cast_column(images[0], datasets.Image(decode=False))
     own = (channels, images[0], labels[0])
     return {split: HubSource(f"{name} {split}", rows, *own) for split, rows in undecoded.items()}

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from imgcls.arguments import define_harmless
 from imgcls.data.folder import read_tree
@@ -31,7 +30,7 @@ from imgcls.data.images import decode_image, fit_image
 from imgcls.errors import BadExampleError, UserError, did_you_mean_path, printable, visible
 from imgcls.inference.classifier import Classifier, load
 from imgcls.run import cli, machine
-from imgcls.run.logs import BAR, complain, say
+from imgcls.run.logs import complain, progress, say
 
 POSITIONAL = True  # arguments are not only flags
 
@@ -73,8 +72,7 @@ def predict(
             return error
         return fit_image(image, image_size=tuple(c.image_size), resize=c.resize)
 
-    shown: Any = {"bar_format": BAR, "disable": None, "dynamic_ncols": True}
-    bar = tqdm(desc="reading", total=len(paths), **shown)
+    bar = progress(len(paths), "reading")
     with bar, ThreadPoolExecutor(machine.cpu_cores()) as executor:
         for start in range(0, len(paths), batch_size):
             images = list(executor.map(read, paths[start : start + batch_size]))
@@ -101,11 +99,12 @@ def main(arguments: list[str]) -> None:
     if f.top is not None and not 1 <= f.top <= len(names):
         raise UserError(f"--top={f.top} must be from 1 to {len(names)}, the classes of this run")
     wide, width = (max(len(visible(text, "")) for text in texts) for texts in (paths, names))
-    bad, top = 0, f.top or (1 if f.csv else min(5, len(names)))
+    top = f.top or (1 if f.csv else min(5, len(names)))
     lines = SimpleNamespace(write=partial(say, needed=True))
     table = csv.writer(lines, lineterminator="", quoting=csv.QUOTE_NONNUMERIC)
     if f.csv:
         table.writerow(["path", "class", "probability", "unsure", "error"])
+    bad = 0
     for found, path in zip(predict(classifier, paths), paths):
         error, best, doubt = "", list[tuple[str, float]](), {}
         if isinstance(found, BadExampleError):

@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,18 +60,17 @@ def drop(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@contextlib.contextmanager
-def progress(total: int, doing: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
-    """Shows a progress bar on a terminal, cut off on its right, and prints one line otherwise."""
+def progress(total: int, doing: str, unit: str = "", initial: int = 0) -> tqdm:
+    """A progress bar on a terminal, cut off on its right; elsewhere one line, with a `unit`."""
     doing = printable(doing)
-    if not sys.stderr.isatty():
+    if unit and not sys.stderr.isatty():
         say(f"{doing}: {total} {unit}")
     options: dict[str, Any] = {"dynamic_ncols": True, "disable": None if is_main() else True}
-    with tqdm(total=total, desc=doing, initial=initial, bar_format=BAR, **options) as bar:
-        if not bar.disable:  # its versions before 4.70 fill the last column, where some wrap
-            shape = bar.dynamic_ncols
-            bar.dynamic_ncols = lambda file: ((shape(file)[0] or 1) - 1, None)
-        yield bar
+    bar = tqdm(total=total, desc=doing, initial=initial, bar_format=BAR, **options)
+    if not bar.disable:  # tqdm before 4.70 fills the last column, where some wrap
+        shape = bar.dynamic_ncols
+        bar.dynamic_ncols = lambda file: ((shape(file)[0] or 1) - 1, None)
+    return bar
 
 
 class MetricWindow:

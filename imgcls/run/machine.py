@@ -122,8 +122,8 @@ def tell_of_bfloat16() -> None:
 
 def check_memory(compiled: jax.stages.Compiled) -> None:
     """`check_fits` of what a program needs."""
-    if of := compiled.memory_analysis():
-        check_fits(of.output_size_in_bytes + of.temp_size_in_bytes - of.alias_size_in_bytes)
+    if used := compiled.memory_analysis():
+        check_fits(used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes)
 
 
 def check_fits(needed: int) -> None:

@@ -90,8 +90,8 @@ def session(
     except jax.errors.JaxRuntimeError as error:
         if not re.search("gloo|nccl|connection|unavailable|heartbeat", str(error), re.IGNORECASE):
             raise
-        gone = f"another process of this run is gone ({first_line(error)})"
-        raise PeerError(f"{gone}: see what it said, and start all again to resume") from error
+        gone = f"another process of this run is gone ({first_line(error)}): see what it said"
+        raise PeerError(f"{gone}, and start all of them again to resume") from error
 
 
 class Agreement:

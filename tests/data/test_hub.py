@@ -75,7 +75,7 @@ def test_what_is_no_such_dataset_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere cannot be opened .*name a folder with it"):
         open_sources(f"hf:{tmp_path}/nowhere", data_dir=str(tmp_path / "cache"), channels=3)
     number = write(tmp_path / "other", img=datasets.Image(), kind=datasets.Value("int64"))
-    with pytest.raises(UserError, match=r"one ClassLabel, not img \(Image\), kind \(Value"):
+    with pytest.raises(UserError, match=r"one ClassLabel, but it has img \(Image\), kind \(Value"):
         open_sources(number, data_dir=str(tmp_path / "cache"), channels=3)
 
 
