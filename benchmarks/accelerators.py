@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from imgcls.data.splits import Split
-from imgcls.experiment import Experiment
+from imgcls.experiment import Experiment, build_optimizer
 from imgcls.parallel import replicated, split_by_example
 from imgcls.run import machine
 from imgcls.run.workdir import read_json, write_json
@@ -113,7 +113,7 @@ def traced(experiment: Experiment, what: str) -> jax.stages.Traced:
     if what == "init":
         sample = shaped((2, *c.data.image_size, c.data.channels), jnp.float32, e.everywhere)
         create = lambda rng, images: create_state(
-            rng, images, model=e.model, tx=e.tx, ema=c.optim.ema_decay > 0
+            rng, images, model=e.model, tx=build_optimizer(c, e.schedule), ema=c.optim.ema_decay > 0
         )
         return e.jit(create, once=True).trace(key, sample)
     split, size = split_by_example(e.mesh), len(e.order[0])

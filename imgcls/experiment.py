@@ -25,19 +25,17 @@ from imgcls.errors import UserError
 from imgcls.models import MODELS, head_of
 from imgcls.optim import OPTIMIZERS, create_optimizer, create_schedule
 from imgcls.parallel import make_mesh, put_batch, replicated
+from imgcls.probe import LastLayer, frozen_step, restarted_step
 from imgcls.run import machine
 from imgcls.run.signals import interruptibly
 from imgcls.run.workdir import read_json
 from imgcls.state import TrainState, create_state
 from imgcls.steps import (
     Batch,
-    LastLayer,
     augment_batch,
     eval_step,
-    frozen_step,
     normalize,
     predict_step,
-    restarted_step,
     step_keys,
     train_step,
 )
@@ -178,10 +176,6 @@ class Experiment:
         steps["warmup_steps"] = round(o.warmup_epochs * self.steps_per_epoch)
         probe = (o.probe_learning_rate, self.frozen_steps)
         return create_schedule(o.schedule, learning_rate=o.learning_rate, probe=probe, **steps)
-
-    @functools.cached_property
-    def tx(self) -> optax.GradientTransformation:
-        return build_optimizer(self.config, self.schedule)
 
     @functools.cached_property
     def rng(self) -> jax.Array:
@@ -327,8 +321,7 @@ class Experiment:
 
 def _refuse_constants(call: Callable, arguments: Any, keywords: Any, context: Any) -> Any:
     """For `nn.intercept_methods`: BatchNorm in training makes a constant of a single value."""
-    batch_norm = isinstance(context.module, nn.BatchNorm)
-    if batch_norm and not context.module.use_running_average:
+    if isinstance(context.module, nn.BatchNorm) and not context.module.use_running_average:
         shape = arguments[0].shape
         if math.prod(shape[:-1]) == 1:
             raise UserError(

@@ -17,10 +17,11 @@ from imgcls.experiment import Experiment
 from imgcls.models import head_of
 from imgcls.parallel import put_batch
 from imgcls.pretrained import digest
+from imgcls.probe import features_step
 from imgcls.run import files, signals
 from imgcls.run.logs import progress, say
 from imgcls.state import TrainState
-from imgcls.steps import augment_batch, features_step, step_keys
+from imgcls.steps import augment_batch, step_keys
 
 FORMAT = 1  # raise when the features of the same weights and images would differ
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imgcls.models import head_of
 from imgcls.state import TrainState
 from imgcls.task import Task
 
@@ -128,28 +127,6 @@ def train_step(
     return keep(new_state, state).replace(step=state.step + 1), metrics
 
 
-def frozen_step(
-    state: TrainState, batch: Batch, rng: jax.Array, *, model: Any, **how: Any
-) -> tuple[TrainState, Metrics]:
-    """`train_step` of a `LastLayer` on features, after which no other parameters have changed."""
-    after, metrics = train_step(state, batch, rng, model=model, preprocess=lambda x: x, **how)
-
-    def kept(path, new, old):  # counters change, too
-        names = {getattr(key, "key", "") for key in path}
-        return old if names & state.params.keys() and model.layer not in names else new
-
-    return jax.tree_util.tree_map_with_path(kept, after, state), metrics
-
-
-def restarted_step(
-    state: TrainState, batch: Batch, rng: jax.Array, *, at: int, tx: Any, **how: Any
-) -> tuple[TrainState, Metrics]:
-    """`train_step`, but the optimiser begins anew at the step `at`."""
-    anew = lambda new, old: jnp.where(state.step == at, new, old)
-    state = state.replace(opt_state=jax.tree.map(anew, tx.init(state.params), state.opt_state))
-    return train_step(state, batch, rng, tx=tx, **how)
-
-
 def _unrolled_scan(body: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` without a loop: inside one, XLA's convolutions are 15 times slower on a CPU.
 
@@ -172,30 +149,6 @@ def predict_step(
 ) -> jax.Array:
     """Images uint8[B, H, W, C] -> logits float32[B, K]."""
     return model.apply(state.eval_variables, preprocess(images), train=False)  # type: ignore
-
-
-class LastLayer(nn.Module):
-    """The last layer of a model alone: features float32[B, D] -> logits float32[B, K]."""
-
-    num_classes: int
-    layer: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return nn.Dense(self.num_classes, name=self.layer)(x)
-
-
-def features_step(state: TrainState, images: jax.Array, **how: Any) -> jax.Array:
-    """As `predict_step`, but what the last layer is given: float32[B, D]."""
-    seen, layer = [], (head_of(state.params),)
-
-    def keep(call, arguments, keywords, context):
-        seen.extend(arguments[:1] if context.module.path == layer else ())
-        return call(*arguments, **keywords)
-
-    with nn.intercept_methods(keep):
-        predict_step(state, images, **how)
-    return seen[-1].astype(jnp.float32)
 
 
 def eval_step(

@@ -236,7 +236,7 @@ def train(
             if clock.steps and (step % log_every == 0 or step == exp.total_steps):
                 sums, rate = check_finite(run, window), clock.steps_per_second() * c.batch_size
                 enough = callback(log_row(exp, log, step, "train", sums, rate))
-                window.clear()
+                window.sums = {}
             if validation_due():
                 check_finite(run, window)
                 clock.lap()

@@ -5,6 +5,7 @@ imported by then, which saves most of a run's time.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 from tests.helpers import ROOT, as_users
 
 ACTIONS = ("fail", "full", "kill", "delay")
+# What a run imports, some of it only when it is needed.
+MODULES = """imgcls.train matplotlib.backends.backend_svg matplotlib.figure optax scipy.optimize
+sklearn.datasets sklearn.metrics sklearn.model_selection tensorboardX tensorflow_datasets.core"""
 
 
 class Faults:
@@ -55,12 +59,11 @@ class Faults:
 
 
 def serve(library: str) -> None:
-    import optax  # noqa: F401
-
-    import imgcls.train  # noqa: F401
     from imgcls.__main__ import Train
     from imgcls.run import cli
 
+    for module in MODULES.split():
+        importlib.import_module(module)
     faults = ctypes.CDLL(library)
     for line in sys.stdin:
         argv, folder, number, action, log = json.loads(line)

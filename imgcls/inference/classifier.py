@@ -17,11 +17,11 @@ from imgcls.data.order import eval_order
 from imgcls.data.splits import Split
 from imgcls.experiment import Experiment, load_config
 from imgcls.parallel import put_batch
+from imgcls.probe import features_step
 from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.logs import progress
 from imgcls.state import TrainState
-from imgcls.steps import features_step
 
 
 class Classifier:

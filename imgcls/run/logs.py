@@ -103,9 +103,6 @@ class MetricWindow:
             add_sums(self.sums, metrics)
         return self.sums
 
-    def clear(self) -> None:
-        self.sums = {}
-
 
 def add_sums(sums: dict[str, float], metrics: dict[str, Any]) -> None:
     for key, value in metrics.items():
@@ -137,8 +134,7 @@ class Clock:
 
     def lap(self) -> None:
         """Counts the time since the last lap or pause as training."""
-        spent = self.pause()
-        self.train_seconds += spent
+        self.train_seconds += (spent := self.pause())
         self._since += spent
 
     def pause(self) -> float:
