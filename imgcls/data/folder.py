@@ -123,7 +123,7 @@ def open_folder(
         near = did_you_mean(unknown[0], [*tree.folders, *_unwrapped(tree).folders]) or "correct it"
         raise UserError(f"config.data.ignore: {shown} holds no folder {_listed(unknown)}: {near}")
     pictures = sum(1 for _ in tree.below())
-    told = [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20)]
+    told = _told(left_out)
     if not pictures:
         others = f" ({', '.join(told)})" if told else ""
         raise UserError(f"{shown} holds no images{others}; it must be laid out as {LAYOUTS}")
@@ -158,9 +158,9 @@ def read_tree(
         refuse_loops: a link back to a folder around it is refused with a UserError, or left out.
         ignore: names of folders to leave out, with commas between them.
         left_out: counts what is left out, by the ending of files, the name + "/" of folders, or as
-            masks; 0 of folders to ignore that are not there.
+            masks; 0 of folders to ignore that are not there. Without it, that is logged.
     """
-    left_out = Counter() if left_out is None else left_out
+    logs, left_out = left_out is None, Counter() if left_out is None else left_out
     names = {nfc(name.strip().rstrip("/")) for name in ignore.split(",")} - {""}
     left_out.update(dict.fromkeys((f"{name}/" for name in names), 0))
 
@@ -199,10 +199,17 @@ def read_tree(
         return tree
 
     try:
-        return read([root], ())
+        tree = read([root], ())
     except OSError as error:  # no permission, or a link to itself
         why = f"{printable(error.filename)}: {error.strerror}"
         raise UserError(f"{why}; remove it or make it readable") from error
+    if logs and (told := _told(left_out)):
+        logging.info("%s: left out: %s", printable(root), ", ".join(told))
+    return tree
+
+
+def _told(left_out: Counter[str]) -> list[str]:
+    return [f"{n:,} {printable(what)}" for what, n in left_out.most_common(20) if n]
 
 
 def _divided(root: str, shown: str, tree: Tree) -> tuple[Splits, str, list[str]]:

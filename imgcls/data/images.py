@@ -158,14 +158,10 @@ def _count_scans(file: Any) -> int:
     return scans
 
 
-def _head(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(72)
-
-
 def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        head = source if isinstance(source, bytes) else _head(source)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            head = file.read(72)
         if _HEIC.match(head) and "HEIF" not in FORMATS:
             return "a HEIC image: pip install pillow-heif to read it, or save it as JPEG"
         return f"not a {NAMES} image" if head else "the file is empty"

@@ -176,9 +176,8 @@ def write_page(path: Path, template: str, **context: Any) -> Path:
         write_bytes(path, page.encode("utf-8", errors="replace"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        told = f"cannot write {path}: {error.strerror}"
-        if full:
-            told += "; free some space and run the same command again"
+        more = "; free some space and run the same command again" * full
+        told = f"cannot write {path}: {error.strerror}{more}"
         raise (CheckpointError if full else UserError)(told) from error
     return path
 

@@ -183,7 +183,6 @@ def _class_scores(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[
     columns["average_precision"] = np.array(average_precision)
     occurs = support > 0
     present = {key: np.nan_to_num(column[occurs]) for key, column in columns.items()}
-    weighted = {key: np.average(v, weights=support[occurs]) for key, v in present.items()}
     return {
         "per_class": [
             {"name": str(name), "support": int(support[k])}
@@ -191,6 +190,6 @@ def _class_scores(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[
             for k, name in enumerate(class_names)
         ],
         "macro": {key: float(v.mean()) for key, v in present.items()},
-        "weighted": {key: float(v) for key, v in weighted.items()},
+        "weighted": {k: float(np.average(v, weights=support[occurs])) for k, v in present.items()},
         "confusion_matrix": metrics.confusion_matrix(labels, predicted, labels=classes).tolist(),
     }

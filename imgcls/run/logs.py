@@ -205,8 +205,7 @@ class MetricWriter:
 def image_grid(images: np.ndarray, columns: int = 8) -> np.ndarray:
     """uint8[N, H, W, C] -> uint8[rows * H, columns * W, 3], whole rows only."""
     n, h, w, c = images.shape
-    columns = min(columns, n)
-    rows = n // columns
+    columns, rows = min(columns, n), max(n // columns, 1)
     grid = images[: rows * columns].reshape(rows, columns, h, w, c).swapaxes(1, 2)
     return np.broadcast_to(grid.reshape(rows * h, columns * w, c), (rows * h, columns * w, 3))
 

@@ -253,7 +253,9 @@ def test_another_folder_is_evaluated_by_the_names_of_its_classes_and_is_no_look_
     with pytest.raises(UserError, match="--data_dir= is not a directory"):  # an unset variable
         evaluation.main([])
     flags.data_dir = str(elsewhere)
-    evaluation.main([])
+    (elsewhere / "0/notes.txt").touch()
+    with caplog.at_level("INFO"):
+        evaluation.main([])
     name = f"on_{elsewhere.parent.name}-pictures_latest"
     results = read(finished / f"results_{name}.json")
     with np.load(finished / f"predictions_{name}.npz") as saved:
@@ -264,7 +266,7 @@ def test_another_folder_is_evaluated_by_the_names_of_its_classes_and_is_no_look_
     assert results["examples"] == len(labels) < 90
     assert results["top1"] == (logits.argmax(1) == labels).mean()
     assert results["split"] == f"{elsewhere} without letters"
-    for text in ("left out: letters", "has no pictures of 3"):
+    for text in ("left out: letters", "has no pictures of 3", "left out: 1 .txt"):
         assert text in caplog.text
     matrix = np.array(results["confusion_matrix"])
     np.fill_diagonal(matrix, 0)

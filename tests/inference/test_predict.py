@@ -152,6 +152,16 @@ def test_folders_are_searched_once_each_and_hidden_files_left_out(tmp_path):
     assert find_files([first, str(top), first]) == [first, *expected, first]
 
 
+def test_what_a_folder_holds_besides_pictures_is_told(tmp_path, caplog):
+    for name in ["1.png", "1_mask.png", "notes.txt", "more.txt", "@eaDir/1.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with caplog.at_level("INFO"):
+        assert find_files([str(tmp_path)]) == [str(tmp_path / "1.png")]
+    told = f"{tmp_path}: left out: 2 .txt, 1 @eaDir/, 1 masks beside their pictures"
+    assert caplog.messages == [told]
+
+
 def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (str(tmp_path / "pipe.png"), os.devnull):
