@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its controller's
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="imgcls-test-cache-")
@@ -10,9 +9,6 @@ os.environ.pop("TFDS_DATA_DIR", None)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compilation, of programs that run once.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if [int(part) for part in version("jaxlib").split(".")[:2]] < [0, 11]:
-    # In half the time; jaxlib 0.12 does not know the flag.
-    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
