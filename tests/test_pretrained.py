@@ -152,7 +152,9 @@ def test_across_the_end_of_the_probe_a_resumed_run_is_the_undisturbed_one(source
 
 
 @pytest.mark.slow
-def test_features_are_kept_for_the_same_weights_data_and_views(source, tmp_path):
+def test_features_are_kept_for_the_same_weights_data_and_views(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other tests keep the same features
+
     def entries():
         return {path.name for path in cache_folder("datasets").glob("features-*")}
 
