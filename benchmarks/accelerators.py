@@ -27,11 +27,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from imgcls.data.splits import Split
-from imgcls.experiment import Experiment, build_optimizer
+from imgcls.experiment import Experiment
 from imgcls.parallel import replicated, split_by_example
 from imgcls.run import machine
 from imgcls.run.workdir import read_json, write_json
-from imgcls.state import create_state
 
 # Most FLOP/s in bfloat16, bytes/s of its memory, GiB of memory: cloud.google.com/tpu/docs.
 CHIPS = {
@@ -112,10 +111,7 @@ def traced(experiment: Experiment, what: str) -> jax.stages.Traced:
     key = shaped((), jax.random.key(0).dtype, e.everywhere)
     if what == "init":
         sample = shaped((2, *c.data.image_size, c.data.channels), jnp.float32, e.everywhere)
-        create = lambda rng, images: create_state(
-            rng, images, model=e.model, tx=build_optimizer(c, e.schedule), ema=c.optim.ema_decay > 0
-        )
-        return e.jit(create, once=True).trace(key, sample)
+        return e.jit(e.init_of(e.model), once=True).trace(key, sample)
     split, size = split_by_example(e.mesh), len(e.order[0])
     kinds = {"image": jnp.uint8, "label": jnp.int32, "mask": jnp.bool_}
     kinds |= {"mirrored": jnp.bool_} if c.data.alternate_flip and what in ("train", "small") else {}

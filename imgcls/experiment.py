@@ -248,17 +248,17 @@ class Experiment:
         options |= {"compiler_options": machine.compiler_options(once=once)}
         return jax.jit(program, out_shardings=self.everywhere, **options)
 
-    def _create(self, model: nn.Module) -> Callable[..., TrainState]:
-        o = self.config.optim  # no schedule changes the first state of an optimiser
-        tx = build_optimizer(self.config, lambda step: o.learning_rate)
-        return partial(create_state, model=model, tx=tx, ema=o.ema_decay > 0)
+    def init_of(self, model: nn.Module) -> Callable[..., TrainState]:
+        """(rng, normalised images) -> the first state, which no schedule changes."""
+        tx = build_optimizer(self.config, lambda step: self.config.optim.learning_rate)
+        return partial(create_state, model=model, tx=tx, ema=self.config.optim.ema_decay > 0)
 
     def compile_init(self) -> Callable[[], TrainState]:
         """The program that makes the first state."""
         arrays = jax.tree.leaves(self.state_target())  # before XLA is given too much of them
         machine.check_fits(sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
         sample = self.preprocess(self.splits["train"].read(self.order[0])["image"])
-        program = self.jit(self._create(self.model), once=True).lower(self.rng, sample).compile()
+        program = self.jit(self.init_of(self.model), once=True).lower(self.rng, sample).compile()
         machine.check_memory(program)
         return partial(program, self.rng, sample)
 
@@ -312,7 +312,7 @@ class Experiment:
 
     def state_target(self) -> TrainState:
         """The shapes, dtypes and places of the arrays of the state."""
-        create = self._create(build_model(self.config, len(self.class_names)))
+        create = self.init_of(build_model(self.config, len(self.class_names)))
         sample = jnp.zeros((1, *self.config.data.image_size, self.config.data.channels))
         shapes = jax.eval_shape(create, jax.random.key(0), sample)
         placed = partial(jax.ShapeDtypeStruct, sharding=self.everywhere)
