@@ -4,7 +4,7 @@
 
 Test top-1 86.18% (8618/10000; 95% interval of this one seed, over examples: 85.49 to 86.84), in
 bfloat16, in 6348 s for the whole command on 2 cores of an AMD EPYC (AVX-512 bfloat16), with other
-work beside it for half an hour. Training accuracy was 87%, and rising: 12 epochs were chosen to
+work beside it for 42 minutes. Training accuracy was 87%, and rising: 12 epochs were chosen to
 end within three hours there. The recipe was not tuned.
 """
 
