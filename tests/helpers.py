@@ -1,10 +1,8 @@
-"""What tests share: small configs and runs, and the command as its users type it."""
+"""What tests share: small configs and runs."""
 
 import importlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,13 +53,6 @@ def flags_of(config: ConfigDict) -> list[str]:
     """The command line that makes the digits config into this one."""
     default = flatten(importlib.import_module("configs.digits").get_config())
     return [f"--config.{k}={v}" for k, v in flatten(config).items() if default[k] != v]
-
-
-def run_main(*arguments, **options) -> subprocess.CompletedProcess:
-    """python main.py in a process of its own, on one device; its output as text."""
-    command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 300, "env": as_users()} | options
-    return subprocess.run(command, **options)
 
 
 def as_users() -> dict[str, str]:

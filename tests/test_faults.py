@@ -21,18 +21,17 @@ import pytest
 from imgcls.run.logs import read_metrics
 from imgcls.run.signals import PAIR_SECONDS
 from imgcls.run.workdir import claim
-from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
+from tests.commands import Command, run_main
+from tests.helpers import ROOT, as_users, flags_of, small_config
 from tests.test_train import EVERYTHING, without_times
 
 DIGITS = "--config=configs/digits.py"
 LONGER = EVERYTHING | {"train__epochs": 20, "train__log_every_steps": 7}
 
 
-def start(workdir, config, program=("main.py",), **options) -> subprocess.Popen:
-    command = [sys.executable, *program, DIGITS, f"--workdir={workdir}"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    options |= {"env": as_users()}
-    return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, **options)
+def start(workdir, config, program=("main.py",), **options) -> Command:
+    flags = [DIGITS, f"--workdir={workdir}", *flags_of(config)]
+    return Command(*program, *flags, env=as_users(), **options)
 
 
 def read_until(process, text) -> str:
@@ -122,7 +121,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_the_run_that_was_never_stopped(
     config = small_config(**LONGER)
 
     def stop(where, *signals):
-        process = start(tmp_path, config, ("-m", "tests.slowed", where))
+        process = start(tmp_path, config, ("tests.slowed", where))
         read_until(process, f"now: {where}" if len(signals) == 1 else "training:")
         process.send_signal(signals[0])
         if len(signals) > 1:
@@ -224,10 +223,11 @@ def test_a_full_disk_ends_the_run_and_keeps_the_earlier_checkpoints(uninterrupte
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(uninterrupted, tmp_path):
-    process = start(tmp_path, small_config(**LONGER), stderr=subprocess.DEVNULL)
+    process = start(tmp_path, small_config(**LONGER), stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=120) == 0
+    process.stderr.close()
     assert final_arrays(tmp_path) == uninterrupted
 
 

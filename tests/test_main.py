@@ -1,6 +1,5 @@
 """The command as its users type it: each mistake costs seconds and gets one line."""
 
-import json
 import os
 import re
 import shlex
@@ -16,8 +15,8 @@ import pytest
 
 from imgcls.errors import UserError
 from imgcls.run import cli
-from tests.helpers import ROOT, as_users, flags_of, run_main, small_config
-from tests.test_faults import LONGER
+from tests.commands import run_command, run_main
+from tests.helpers import ROOT, flags_of, small_config
 
 DIGITS = "--config=configs/digits.py"
 
@@ -40,7 +39,7 @@ def elsewhere(tmp_path):
 
 def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
     workdir = elsewhere / "a run, with spaces and ünïcödé"
-    arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config(**LONGER))]
+    arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config())]
     result = run_main(*arguments)
     assert result.returncode == 0, result.stderr
     scores, page, command = result.stdout.splitlines()[-3:]
@@ -138,29 +137,23 @@ TYPED = TYPED.strip().replace("@", f"main.py {DIGITS} --workdir=w").splitlines()
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What is typed -> exit code and output, from one process that forks for each."""
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("typed")
     shutil.copytree(ROOT / "tests/fixtures/run", folder / "run")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "unfinished.py").write_text("def get_config():\n    pass\n")
     for name in ("main.py", "README.md"):
         (folder / name).symlink_to(ROOT / name)
-    typed = [line.partition("  |  ")[0] for line in TYPED]
-    command = [sys.executable, str(ROOT / "tests/typed.py")]
-    options = {"input": "\n".join(typed), "cwd": folder, "env": as_users(), "timeout": 300}
-    result = subprocess.run(command, capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stderr
+    yield folder
     assert not list((folder / "w" / "checkpoints").glob("*"))
-    return dict(zip(typed, json.loads(result.stdout)))
 
 
 @pytest.mark.parametrize("line", TYPED)
-def test_what_is_mistyped_is_answered_in_one_sentence_with_the_nearest_or_the_list(answers, line):
+def test_what_is_mistyped_is_answered_in_one_sentence_with_the_nearest_or_the_list(folder, line):
     typed, _, expected = line.partition("  |  ")
-    code, printed = answers[typed]
-    (error,) = [text for text in printed.splitlines() if text.startswith("error: ")]
-    assert code == 2 and expected in error and "Traceback" not in printed
+    result = run_command(*typed.split(" "), cwd=folder, timeout=40)
+    (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    assert result.returncode == 2 and expected in error and "Traceback" not in result.stderr
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
@@ -175,9 +168,8 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
 def evaluate_kept(home, *arguments):
     """imgcls evaluate of a copy of the run in tests/fixtures, in a home directory."""
     shutil.copytree(ROOT / "tests/fixtures/run", home / "run", dirs_exist_ok=True)
-    command = [sys.executable, "-m", "imgcls", "evaluate", "--checkpoint=5", *arguments]
     environment = os.environ | {"HOME": str(home)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_command("imgcls", "evaluate", "--checkpoint=5", *arguments, env=environment)
 
 
 def test_paths_begin_at_home_and_keys_that_change_no_result_may_be_given(tmp_path):

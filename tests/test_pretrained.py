@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -26,7 +25,8 @@ from imgcls.optim import placed
 from imgcls.pretrained import Weights, fit, open_weights, prepare, take_over
 from imgcls.run.files import cache_folder
 from imgcls.train import train_and_evaluate
-from tests.helpers import ROOT, as_users, flags_of, run_main, small_config, write_untrained_run
+from tests.commands import Command, run_main
+from tests.helpers import as_users, flags_of, small_config, write_untrained_run
 from tests.models.make_timm import FIXTURE, random_arrays
 
 SHAPES = json.loads(FIXTURE.read_text())["shapes"]
@@ -388,9 +388,9 @@ def test_killed_and_started_again_without_the_file_it_is_the_undisturbed_run(exp
     run = lambda name: run_main(f"--workdir={tmp_path / name}", *arguments)
     arguments = ["--config=configs/digits.py", *flags_of(config)]
     assert run("whole").returncode == 0
-    command = [sys.executable, "main.py", f"--workdir={tmp_path / 'killed'}", *arguments]
-    quiet = {"cwd": ROOT, "env": as_users(), "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
+    with Command(
+        "main.py", f"--workdir={tmp_path / 'killed'}", *arguments, env=as_users()
+    ) as process:
         while not (tmp_path / "killed/checkpoints/5").exists():
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.02)

@@ -1,10 +1,6 @@
 """Comparing runs: paired statistics by hand, the refusals, and the command."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +8,7 @@ from scipy.stats import binomtest
 
 from imgcls.errors import UserError
 from imgcls.evaluation.compare import as_text, compare
+from tests.commands import run_command
 from tests.helpers import random_logits, write_run
 
 
@@ -139,11 +136,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     hostile = "<script>alert(1)</script>"
     config = json.loads((runs[1] / "config.json").read_text()) | {"note": hostile}
     (runs[1] / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "imgcls", "compare", *map(str, runs)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        command, cwd=tmp_path / "two", env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_command("imgcls", "compare", *runs, cwd=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "B - A: +6.00 points" in done.stdout and "McNemar p = 0.11" in done.stdout
     assert "class 1 +12.0" in done.stdout

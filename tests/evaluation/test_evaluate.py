@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,18 +22,16 @@ from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
+from tests.commands import run_command
 from tests.helpers import ROOT, all_images, as_users, small_config
 
 
 def evaluate(workdir, *arguments):
-    command = [sys.executable, "-m", "imgcls", "evaluate", f"--workdir={workdir}", *arguments]
-    options = {"capture_output": True, "text": True, "timeout": 300, "env": as_users()}
-    return subprocess.run(command, cwd=ROOT, **options)
+    return run_command("imgcls", "evaluate", f"--workdir={workdir}", *arguments, env=as_users())
 
 
 def run_report(workdir):
-    command = [sys.executable, "-m", "imgcls", "report", f"--workdir={workdir}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return run_command("imgcls", "report", f"--workdir={workdir}")
 
 
 @pytest.fixture(scope="module")

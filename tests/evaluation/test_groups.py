@@ -1,10 +1,8 @@
 """Comparing groups of runs: Welch by hand and by scipy, how many runs it takes, and the command."""
 
-import os
 import re
 import statistics
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from scipy import stats
 from imgcls.errors import UserError
 from imgcls.evaluation.compare import read_groups
 from imgcls.evaluation.groups import POWER, as_text, compare_groups, student_interval, welch
+from tests.commands import run_command
 from tests.helpers import write_run
 
 A, B = [0.941, 0.9425, 0.9385, 0.9402], [0.945, 0.9525, 0.9431]
@@ -135,14 +134,12 @@ def test_what_is_no_two_groups_of_one_config_each_is_refused(groups, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_divides_its_arguments_at_two_dashes(groups, tmp_path):
-    command = [sys.executable, "-m", "imgcls", "compare", *map(str, groups[0]), "--"]
-    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
-    options["env"] = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([*command, *map(str, groups[1])], **options)
+    command = partial(run_command, "imgcls", "compare", *groups[0], "--", cwd=tmp_path)
+    done = command(*groups[1])
     assert done.returncode == 0, done.stderr
     assert "200 test examples" in done.stdout and "B - A: +4.50 points" in done.stdout
     assert "Welch p = 0.0" in done.stdout and re.search(r"model\.name +cnn +mlp", done.stdout)
     for arguments, remedy in [([], "name the runs"), (["b", "--output=x"], "--output: ")]:
-        done = subprocess.run([*command, *arguments], **options)
+        done = command(*arguments)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {remedy}"), done.stderr
     assert not list(tmp_path.glob("*.html"))

@@ -1,7 +1,5 @@
 """Features of pictures are what the last layer is given, in a file with their paths."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import jax
@@ -10,7 +8,8 @@ import pytest
 from PIL import Image
 
 from imgcls import load
-from tests.helpers import ROOT, small_config, write_untrained_run
+from tests.commands import run_command
+from tests.helpers import small_config, write_untrained_run
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,7 @@ def test_the_last_layer_makes_the_probabilities_of_the_features(workdir, picture
 
 
 def embed(workdir, output, *arguments):
-    command = [sys.executable, "-m", "imgcls", "embed", f"--workdir={workdir}"]
-    command += [f"--output={output}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return run_command("imgcls", "embed", f"--workdir={workdir}", f"--output={output}", *arguments)
 
 
 @pytest.mark.slow

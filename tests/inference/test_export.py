@@ -23,6 +23,7 @@ from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import efficientnet, resnet
 from imgcls.models.names import from_torch
+from tests.commands import run_command
 from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 
 needs_onnx = pytest.mark.skipif(
@@ -204,15 +205,12 @@ def test_a_file_that_is_not_the_model_is_an_error(mlp, tmp_path, monkeypatch, fa
     assert error.value.exit_code == 1
 
 
-def run(*arguments, code=("-m", "imgcls", "export")):
-    command = [sys.executable, *code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file/model"):
-        result = run("--workdir=nowhere", "--format=stablehlo", f"--output={path}")
+        result = run_command(
+            "imgcls", "export", "--workdir=nowhere", "--format=stablehlo", f"--output={path}"
+        )
         assert result.returncode == 2
         assert result.stderr.startswith(f"error: --output={path} cannot be written")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -220,8 +218,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 
 def test_without_onnx_a_line_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['onnxruntime'] = None; from imgcls.__main__ import main; main()"
-    arguments = ("export", "--workdir=nowhere", "--format=onnx", "--output=x")
-    result = run(*arguments, code=("-c", code))
+    command = [sys.executable, "-c", code, "export"]
+    command += ["--workdir=nowhere", "--format=onnx", "--output=x"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == (
         "error: --format=onnx needs more: pip install -r requirements-onnx.txt\n"
@@ -231,7 +230,8 @@ def test_without_onnx_a_line_says_what_to_install(tmp_path):
 def test_weights_need_no_pictures(tmp_path):
     path, config = tmp_path / "model", small_config(data__name="image_folder", data__dir="gone")
     write_untrained_run(tmp_path / "run", config, NAMES)
-    result = run(f"--workdir={tmp_path / 'run'}", "--format=safetensors", f"--output={path}")
+    arguments = (f"--workdir={tmp_path / 'run'}", "--format=safetensors", f"--output={path}")
+    result = run_command("imgcls", "export", *arguments)
     assert result.returncode == 0, result.stderr
     variables = unflatten_dict(safetensors.numpy.load_file(path), sep=".")
     jax.tree.map(
@@ -242,7 +242,8 @@ def test_weights_need_no_pictures(tmp_path):
 def test_the_command(tmp_path):
     workdir, path = tmp_path / "run", tmp_path / "model"
     write_untrained_run(workdir, small_config(), NAMES)
-    result = run(f"--workdir={workdir}", "--format=stablehlo", f"--output={path}")
+    arguments = (f"--workdir={workdir}", "--format=stablehlo", f"--output={path}")
+    result = run_command("imgcls", "export", *arguments)
     assert result.returncode == 0, result.stderr
     line = result.stdout.splitlines()[-1]
     assert not (workdir / "test_evaluations.jsonl").exists()

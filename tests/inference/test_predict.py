@@ -3,7 +3,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +18,8 @@ from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
 from imgcls.inference.classifier import fitted_temperature
 from imgcls.inference.predict import find_files, predict
-from tests.helpers import ROOT, all_images, small_config, write_untrained_run
+from tests.commands import run_command
+from tests.helpers import all_images, small_config, write_untrained_run
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,7 @@ def evaluated(workdir):
 
 
 def run(workdir, *arguments):
-    command = [sys.executable, "-m", "imgcls", "predict", f"--workdir={workdir}"]
-    command += map(str, arguments)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return run_command("imgcls", "predict", f"--workdir={workdir}", *arguments)
 
 
 def test_files_of_the_test_images_get_the_bits_of_the_evaluation(workdir, classifier, pictures):

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -16,7 +14,8 @@ import pytest
 from imgcls import parallel
 from imgcls.errors import UserError
 from imgcls.run.processes import check_same, session
-from tests.helpers import ROOT, flags_of, small_config
+from tests.commands import Command
+from tests.helpers import flags_of, small_config
 from tests.test_faults import final_arrays, read_until
 from tests.test_train import EVERYTHING
 
@@ -30,16 +29,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(workdir, config, *arguments, devices=1, environment=()) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "main.py"), "--config=configs/digits.py"]
-    command += [f"--workdir={workdir}", f"--heartbeat_timeout={HEARTBEAT}", *arguments]
+def start(workdir, config, *arguments, devices=1, environment=()) -> Command:
+    command = ["main.py", "--config=configs/digits.py", f"--workdir={workdir}"]
+    command += [f"--heartbeat_timeout={HEARTBEAT}", *arguments]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags} | dict(environment)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, env=environment, **streams)
+    return Command(*command, *flags_of(config), env=environment)
 
 
-def start_pair(workdir, config) -> list[subprocess.Popen]:
+def start_pair(workdir, config) -> list[Command]:
     common = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     return [start(workdir, config, *common, f"--process_id={i}") for i in range(2)]
 

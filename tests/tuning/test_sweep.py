@@ -2,8 +2,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,8 +17,9 @@ from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
 from imgcls.tuning.sweep import _prepare, start
 from imgcls.tuning.worker import AtWork, Child, check, fail
+from tests.commands import Command, run_command
 from tests.evaluation.browser import CHROMIUM, Browser
-from tests.helpers import ROOT, as_users, flags_of, small_config
+from tests.helpers import as_users, flags_of, small_config
 from tests.test_train import without_times
 
 RATES = {"optim.learning_rate": ("log", 0.001, 0.1)}
@@ -232,8 +231,7 @@ def test_tpe_without_optuna_is_refused_before_anything_is_trained(tmp_path, monk
 @pytest.mark.slow
 def test_without_a_config_the_other_flags_count(tmp_path):
     plan(tmp_path, trials=3)
-    command = [sys.executable, "-m", "imgcls", "sweep", f"--workdir={tmp_path}", "--trials=2"]
-    ended = subprocess.run(command, cwd=ROOT, env=as_users(), capture_output=True, text=True)
+    ended = run_command("imgcls", "sweep", f"--workdir={tmp_path}", "--trials=2")
     assert ended.returncode == 2 and "--trials must be at least that" in ended.stderr
 
 
@@ -387,10 +385,8 @@ ARGUMENTS += ["--finalists=1", "--seeds=2"]
 
 
 def begin(workdir, *arguments):
-    command = [sys.executable, "-m", "imgcls", "sweep", f"--workdir={workdir}"]
-    command += ["--config=configs/digits.py", *flags_of(small_config(**TRAINED)), *arguments]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=as_users(), **pipe)
+    config = ["--config=configs/digits.py", *flags_of(small_config(**TRAINED))]
+    return Command("imgcls", "sweep", f"--workdir={workdir}", *config, *arguments, env=as_users())
 
 
 def finish(workdir, *arguments) -> str:
