@@ -146,6 +146,17 @@ def test_muon_orthogonalises_the_nesterov_momentum_of_the_gradients():
     np.testing.assert_allclose(updates["kernel"], expected, atol=1e-6)
 
 
+def test_muon_leaves_what_is_no_kernel_of_a_convolution_to_adamw_of_a_shorter_memory():
+    own = {"momentum": 0.8, "adam_learning_rate": 0.02, "weight_decay": 0.1}
+    tx = create_optimizer("muon", optax.constant_schedule(0.5), learning_rate=0.5, **own)
+    both, dense = (tx, optax.adamw(0.02, b2=0.99, weight_decay=0.1)), {"kernel": jnp.ones((4, 5))}
+    states = [optimizer.init(dense) for optimizer in both]
+    for scale in (1.0, -0.3):
+        gradient = {"kernel": scale * dense["kernel"]}
+        updates, states = zip(*(o.update(gradient, s, dense) for o, s in zip(both, states)))
+        np.testing.assert_allclose(*(update["kernel"] for update in updates), rtol=1e-5)
+
+
 def test_muon_leaves_a_kernel_without_a_gradient_alone():
     assert (orthogonalize(jnp.zeros((3, 3, 2, 4))) == 0).all()
 

@@ -161,6 +161,14 @@ def test_dropout_is_off_in_evaluation_and_statistics_do_not_move():
     assert a["loss"] == b["loss"]
 
 
+def test_training_moves_statistics_and_smooths_labels():
+    _, state, step = setup(widths=(8,))
+    smoothed = partial(step, task=Classification(label_smoothing=0.2))
+    (after, plain), (_, metrics) = (jax.jit(s)(state, batch_of(16), RNG) for s in (step, smoothed))
+    assert differ(state.batch_stats, after.batch_stats)
+    assert metrics["loss"] != plain["loss"]
+
+
 def test_padded_evaluation_equals_unpadded():
     model, state, _ = setup(widths=(8,))
     evaluate = jax.jit(partial(eval_step, model=model, preprocess=PREPROCESS, task=TASK))

@@ -33,6 +33,7 @@ def test_a_class_without_examples_weighs_nothing_and_changes_no_other():
     weights = balanced_weights((6, 2, 0))
     np.testing.assert_allclose(weights, [8 / 12, 2, 0], rtol=1e-6)
     np.testing.assert_allclose(weights[:2], balanced_weights((6, 2)), rtol=1e-6)
+    np.testing.assert_allclose(balanced_weights((3, 1)), [4 / 6, 2], rtol=1e-6)
 
 
 class Halves:

@@ -98,6 +98,13 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert (first == a[:10]).all() and (last == a[90:]).all()
 
 
+def test_order_and_flips_are_those_of_earlier_versions():
+    """Else a run that one of them began would go on with other examples."""
+    order = orders.TrainOrder(6, batch_size=3, seed=2**40 + 3)
+    assert [order[step].tolist() for step in (0, 3)] == [[4, 5, 2], [4, 1, 2]]
+    assert order.mirrored(np.arange(6), 4).tolist() == [False, True, False, False, True, True]
+
+
 def test_alternating_flip_shows_both_views_of_each_image_in_any_two_epochs():
     order = orders.TrainOrder(100, batch_size=10, seed=1)
     everything = np.arange(100)

@@ -158,6 +158,21 @@ def test_temperature_undoes_a_known_overconfidence():
 def test_few_examples_that_are_all_right_are_no_proof_of_certainty():
     few, many = (fit_temperature(np.eye(4)[i], i) for i in (np.arange(4), np.arange(4000) % 4))
     assert 0.25 < few < 0.8 and 0.05 <= many < 0.2
+    log_t = np.log(fit_temperature(np.array([[2.0, 0.0]]), np.array([0])))
+    margin = 2 * np.exp(-log_t)  # where the derivative of NLL and prior is zero
+    assert log_t == pytest.approx(-margin / (1 + np.exp(margin)), abs=1e-4)
+
+
+def test_no_temperature_is_beyond_a_twentieth_and_twenty():
+    logits, labels = np.tile([0.01, 0.0], (10**5, 1)), np.zeros(10**5, int)
+    assert fit_temperature(logits, labels) == pytest.approx(0.05, rel=1e-3)
+    assert fit_temperature(1000 * logits, 1 - labels) == pytest.approx(20, rel=1e-3)
+
+
+def test_each_bin_of_confidence_ends_where_the_next_begins_and_the_first_has_the_least():
+    bins = reliability(np.zeros((4, 20)), np.zeros(4, int))  # sure by a twentieth
+    assert [row["lower"] for row in bins[1:]] == [row["upper"] for row in bins[:-1]]
+    assert (bins[0]["count"], bins[-1]["upper"]) == (4, 1)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
