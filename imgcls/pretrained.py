@@ -113,6 +113,7 @@ def _download(name: str) -> Path:
     try:
         import huggingface_hub as hub
 
+        say(f"asking huggingface.co for {name} (without a network, for half a minute)")
         path = Path(hub.hf_hub_download(name, "model.safetensors"))
         with contextlib.suppress(Exception):  # not every model has one
             hub.hf_hub_download(name, "config.json")

@@ -73,8 +73,7 @@ def profile(workdir: Path, *, steps: int) -> list[tuple[str, str, float]]:
 def _operations(folder: Path, program: str, steps: int) -> list[tuple[str, str, float]]:
     """The operations of the compiled `program`, an HLO text, found in the trace in `folder`."""
     sources = dict(re.findall(r'%([\w.-]+) = .* metadata=\{.*?op_name="([^"]*)"', program))
-    module = re.findall(r"HloModule (\w+)", program)[0]
-    spent: Counter[str] = Counter()
+    module, spent = re.findall(r"HloModule (\w+)", program)[0], Counter[str]()
     (path,) = folder.glob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for event in (event for line in plane.lines for event in line.events):

@@ -333,7 +333,9 @@ def test_a_name_of_a_hub_is_downloaded_with_what_it_expects(tmp_path, monkeypatc
     (folder / "config.json").write_text(json.dumps(of_another))
     expects = open_weights(str(folder / "model.safetensors")).expects
     assert expects["data.mean"] == (0.5, 0.5, 0.5)
-    assert "no config.json of its own" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "asking huggingface.co for timm/lite.in1k (without" in printed
+    assert "no config.json of its own" in printed
     (folder / "config.json").write_text(
         json.dumps(of_another | {"architecture": "tf_efficientnet_lite0"})
     )
