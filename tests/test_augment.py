@@ -216,6 +216,15 @@ def test_operations_on_colours_are_pillows(level):
         assert name == "identity" or np.abs(result - pixels).max() > 2
 
 
+def test_a_gray_picture_stays_gray_and_a_flat_one_flat():
+    color, autocontrast = (
+        jnp.array([augment.OPERATIONS.index(n)]) for n in ("color", "autocontrast")
+    )
+    gray = examples()[0][:1, ..., :1]
+    for images, which in ((gray, color), (0 * gray + 0.3, autocontrast)):
+        np.testing.assert_allclose(operate(images, which, jnp.array([0.5])), images, atol=1e-6)
+
+
 def test_operations_that_move_pixels_move_them_by_what_they_say():
     names = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
     size, middle = 21, 10
@@ -254,7 +263,7 @@ def test_erasing_fills_a_rectangle_of_the_papers_area_with_noise():
     for box in erased[touched]:
         rows, columns = box.any(1), box.any(0)
         assert box.sum() == rows.sum() * columns.sum()  # one rectangle
-    assert erased.mean((1, 2)).max() <= 0.45
+    assert 0.35 < erased.mean((1, 2)).max() <= 0.42
     assert np.std(got[erased]) == pytest.approx(1 / 12**0.5, abs=0.02)
 
 
@@ -297,7 +306,11 @@ def test_cutout_fills_one_square_with_the_mean():
     np.testing.assert_array_equal(blank, rows[:, :, None] & columns[:, None, :])
     for sides in (rows.sum(1), columns.sum(1)):
         assert set(sides) == {2, 3, 4}, "4, or less where it is cut off at the edge"
+    assert rows[rows.sum(1) == 2][:, 0].all(), "2 rows only where the middle is the first"
     assert rows.any(0).all() and columns.any(0).all(), "some pixels are never blanked"
+    one, _ = augment.cutout(KEY, images[:, :6], labels, 1)
+    _, row, column = np.nonzero((np.asarray(one) != images[:, :6]).any(-1))
+    assert len(row) == 64 and (row != column).any()
     means = np.broadcast_to(images.mean((1, 2), keepdims=True), cut.shape)
     np.testing.assert_allclose(cut[blank], means[blank], atol=1e-6)
 

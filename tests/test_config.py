@@ -172,6 +172,15 @@ def test_values_of_other_types_are_refused_by_name(value):
             validate(config)
 
 
+def test_a_strength_beyond_any_meaning_is_refused():
+    mosts = dict.fromkeys(("brightness", "contrast", "saturation", "erase_probability"), 1)
+    mosts |= {"rotate_degrees": 180, "crop_fraction": 0.99, "rand_augment_magnitude": 10}
+    for name, most in mosts.items():
+        validate(small_config(**{f"augment__{name}": float(most)}))
+        with pytest.raises(UserError, match=rf"between 0 and {most}"):
+            validate(small_config(**{f"augment__{name}": most * 1.004}))
+
+
 def test_padded_whitening_leaves_room_for_one_more_pooling():
     validate(small_config(model__widths=(4, 4, 4), model__whiten=True, model__pad_whitening=True))
 
