@@ -33,6 +33,29 @@ def test_schedules_warm_up_to_the_peak_and_end_where_they_should(name):
     assert values == sorted(values, reverse=True)
 
 
+def test_a_probe_has_a_schedule_of_its_own_before_the_other_begins():
+    how = {"learning_rate": 2.0, "warmup_steps": 10}
+    probed = create_schedule("cosine", **how, total_steps=110, probe=(0.3, 20))
+    after, first = create_schedule("cosine", **how, total_steps=90), SCHEDULES["cosine"](0.3, 20)
+    expected = [*map(first, range(20)), *map(after, range(91))]
+    np.testing.assert_allclose([*map(probed, range(111))], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how, slower", [({"backbone_ratio": 0.1}, 0.1), ({"layer_decay": 0.5}, 0.25)]
+)
+def test_what_is_below_the_last_layer_learns_at_a_rate_of_its_own(how, slower):
+    params = {"blocks_0": PARAMS["conv"], "blocks_1": PARAMS["conv"], "head": PARAMS["dense"]}
+    plain, scaled = (
+        tx.update(params, tx.init(params), params)[0]
+        for own in ({}, how)
+        for tx in [create_optimizer("sgd", optax.constant_schedule(0.1), learning_rate=0.1, **own)]
+    )
+    np.testing.assert_array_equal(scaled["head"]["kernel"], plain["head"]["kernel"])
+    expected = slower * plain["blocks_0"]["kernel"]
+    np.testing.assert_allclose(scaled["blocks_0"]["kernel"], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_shrinks_kernels_and_nothing_else(name):
     tx = create_optimizer(
