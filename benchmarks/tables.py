@@ -228,6 +228,7 @@ def documents() -> dict[Path, dict[str, str]]:
         "cifar10_half": "cifar10 at half width",
         "cifar10": "cifar10",
         "cifar10_wide": "cifar10_wide",
+        "cifar10_resnet18": "cifar10_resnet18",
         "mnist": "mnist",
     }
     tables = (train_step, features, around_the_step, growth, accelerators, accuracy)
