@@ -99,6 +99,15 @@ def run_command(*argv, timeout: float = 300, **options) -> subprocess.CompletedP
     return subprocess.CompletedProcess(argv, command.returncode, output, errors)
 
 
+def run_fresh(*argv, **options) -> subprocess.CompletedProcess:
+    """As `run_command`, in an interpreter that has imported nothing."""
+    program = [str(ROOT / argv[0])] if argv[0].endswith(".py") else ["-m", argv[0]]
+    command = [sys.executable, *program, *map(str, argv[1:])]
+    options = {"cwd": ROOT, "timeout": 300, "env": dict(os.environ)} | options
+    options["env"] = options["env"] | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 def run_main(*arguments, **options) -> subprocess.CompletedProcess:
     """As `run_command`, of main.py on one device."""
     return run_command("main.py", *arguments, **{"env": as_users()} | options)

@@ -12,12 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.commands import MODULES
 from tests.helpers import ROOT, as_users
 
 ACTIONS = ("fail", "full", "kill", "delay")
-# What a run imports, some of it only when it is needed.
-MODULES = """imgcls.train matplotlib.backends.backend_svg matplotlib.figure optax scipy.optimize
-sklearn.datasets sklearn.metrics sklearn.model_selection tensorboardX tensorflow_datasets.core"""
 
 
 class Faults:

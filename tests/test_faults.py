@@ -21,7 +21,7 @@ import pytest
 from imgcls.run.logs import read_metrics
 from imgcls.run.signals import PAIR_SECONDS
 from imgcls.run.workdir import claim
-from tests.commands import Command, run_main
+from tests.commands import Command, run_fresh, run_main
 from tests.helpers import ROOT, as_users, flags_of, small_config
 from tests.test_train import EVERYTHING, without_times
 
@@ -243,6 +243,6 @@ def test_the_surroundings_do_not_matter(uninterrupted, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_digits_config_reaches_what_the_readme_promises(tmp_path):
-    result = run_main(DIGITS, f"--workdir={tmp_path}")
+    result = run_fresh("main.py", DIGITS, f"--workdir={tmp_path}", env=as_users())
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "results.json").read_text())["top1"] >= 0.99

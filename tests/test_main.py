@@ -15,8 +15,9 @@ import pytest
 
 from imgcls.errors import UserError
 from imgcls.run import cli
-from tests.commands import run_command, run_main
-from tests.helpers import ROOT, flags_of, small_config
+from tests.commands import Command, run_command, run_fresh, run_main
+from tests.helpers import ROOT, as_users, flags_of, small_config
+from tests.test_faults import LONGER
 
 DIGITS = "--config=configs/digits.py"
 
@@ -39,8 +40,8 @@ def elsewhere(tmp_path):
 
 def test_the_command_trains_evaluates_and_says_where_to_look(elsewhere):
     workdir = elsewhere / "a run, with spaces and ünïcödé"
-    arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config())]
-    result = run_main(*arguments)
+    arguments = [DIGITS, f"--workdir={workdir}", *flags_of(small_config(**LONGER))]
+    result = run_fresh("main.py", *arguments, env=as_users())
     assert result.returncode == 0, result.stderr
     scores, page, command = result.stdout.splitlines()[-3:]
     assert re.fullmatch(r"test top1 0\.\d{4} \(\d+/50\)  .*/results\.json", scores)
@@ -151,9 +152,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("line", TYPED)
 def test_what_is_mistyped_is_answered_in_one_sentence_with_the_nearest_or_the_list(folder, line):
     typed, _, expected = line.partition("  |  ")
-    result = run_command(*typed.split(" "), cwd=folder, timeout=40)
-    (error,) = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
-    assert result.returncode == 2 and expected in error and "Traceback" not in result.stderr
+    command = Command(*typed.split(" "), cwd=folder)
+    printed, _ = command.communicate(timeout=40)
+    (error,) = [text for text in printed.splitlines() if text.startswith("error: ")]
+    assert command.returncode == 2 and expected in error and "Traceback" not in printed
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from imgcls.errors import UserError
 from imgcls.evaluation.compare import as_text, compare
-from tests.commands import run_command
+from tests.commands import run_fresh
 from tests.helpers import random_logits, write_run
 
 
@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path):
     hostile = "<script>alert(1)</script>"
     config = json.loads((runs[1] / "config.json").read_text()) | {"note": hostile}
     (runs[1] / "config.json").write_text(json.dumps(config))
-    done = run_command("imgcls", "compare", *runs, cwd=tmp_path / "two")
+    done = run_fresh("imgcls", "compare", *runs, cwd=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert "B - A: +6.00 points" in done.stdout and "McNemar p = 0.11" in done.stdout
     assert "class 1 +12.0" in done.stdout

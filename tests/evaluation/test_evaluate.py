@@ -22,16 +22,16 @@ from imgcls.run import machine
 from imgcls.run.checkpoint import Checkpoints
 from imgcls.run.workdir import claim, write_json
 from imgcls.train import train_and_evaluate
-from tests.commands import run_command
+from tests.commands import run_command, run_fresh
 from tests.helpers import ROOT, all_images, as_users, small_config
 
 
-def evaluate(workdir, *arguments):
-    return run_command("imgcls", "evaluate", f"--workdir={workdir}", *arguments, env=as_users())
+def evaluate(workdir, *arguments, run=run_command):
+    return run("imgcls", "evaluate", f"--workdir={workdir}", *arguments, env=as_users())
 
 
-def run_report(workdir):
-    return run_command("imgcls", "report", f"--workdir={workdir}")
+def run_report(workdir, run=run_command):
+    return run("imgcls", "report", f"--workdir={workdir}")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def read(path):
 
 def test_validation_and_the_best_checkpoint_go_to_files_of_their_own(finished):
     before = (finished / "results.json").read_bytes()
-    result = evaluate(finished, "--split=validation", "--checkpoint=best")
+    result = evaluate(finished, "--split=validation", "--checkpoint=best", run=run_fresh)
     assert result.returncode == 0, result.stderr
     results = read(finished / "results_validation_best.json")
     assert (results["examples"], results["checkpoint"]) == (90, "best")
@@ -221,7 +221,7 @@ def test_a_report_of_other_examples_is_refused(finished, tmp_path):
     with np.load(workdir / "predictions.npz", allow_pickle=False) as saved:
         arrays = dict(saved)
     np.savez(workdir / "predictions.npz", **arrays | {"ids": arrays["ids"][::-1]})
-    result = run_report(workdir)
+    result = run_report(workdir, run=run_fresh)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "the test examples are no longer those of" in result.stderr
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imgcls import load
-from tests.commands import run_command
+from tests.commands import run_fresh
 from tests.helpers import small_config, write_untrained_run
 
 
@@ -39,7 +39,7 @@ def test_the_last_layer_makes_the_probabilities_of_the_features(workdir, picture
 
 
 def embed(workdir, output, *arguments):
-    return run_command("imgcls", "embed", f"--workdir={workdir}", f"--output={output}", *arguments)
+    return run_fresh("imgcls", "embed", f"--workdir={workdir}", f"--output={output}", *arguments)
 
 
 @pytest.mark.slow

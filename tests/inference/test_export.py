@@ -23,7 +23,7 @@ from imgcls.inference.classifier import Classifier
 from imgcls.inference.export import FORMATS, FloatModel, export
 from imgcls.models import efficientnet, resnet
 from imgcls.models.names import from_torch
-from tests.commands import run_command
+from tests.commands import run_command, run_fresh
 from tests.helpers import ROOT, all_images, small_config, write_untrained_run
 
 needs_onnx = pytest.mark.skipif(
@@ -243,7 +243,7 @@ def test_the_command(tmp_path):
     workdir, path = tmp_path / "run", tmp_path / "model"
     write_untrained_run(workdir, small_config(), NAMES)
     arguments = (f"--workdir={workdir}", "--format=stablehlo", f"--output={path}")
-    result = run_command("imgcls", "export", *arguments)
+    result = run_fresh("imgcls", "export", *arguments)
     assert result.returncode == 0, result.stderr
     line = result.stdout.splitlines()[-1]
     assert not (workdir / "test_evaluations.jsonl").exists()

@@ -18,7 +18,7 @@ from imgcls.evaluation.evaluate import evaluate
 from imgcls.inference import predict as module
 from imgcls.inference.classifier import fitted_temperature
 from imgcls.inference.predict import find_files, predict
-from tests.commands import run_command
+from tests.commands import run_fresh
 from tests.helpers import all_images, small_config, write_untrained_run
 
 
@@ -57,7 +57,7 @@ def evaluated(workdir):
 
 
 def run(workdir, *arguments):
-    return run_command("imgcls", "predict", f"--workdir={workdir}", *arguments)
+    return run_fresh("imgcls", "predict", f"--workdir={workdir}", *arguments)
 
 
 def test_files_of_the_test_images_get_the_bits_of_the_evaluation(workdir, classifier, pictures):

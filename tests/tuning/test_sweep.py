@@ -17,7 +17,7 @@ from imgcls.tuning.plan import Job, Sweep
 from imgcls.tuning.space import canonical
 from imgcls.tuning.sweep import _prepare, start
 from imgcls.tuning.worker import AtWork, Child, check, fail
-from tests.commands import Command, run_command
+from tests.commands import Command, run_fresh
 from tests.evaluation.browser import CHROMIUM, Browser
 from tests.helpers import as_users, flags_of, small_config
 from tests.test_train import without_times
@@ -231,7 +231,7 @@ def test_tpe_without_optuna_is_refused_before_anything_is_trained(tmp_path, monk
 @pytest.mark.slow
 def test_without_a_config_the_other_flags_count(tmp_path):
     plan(tmp_path, trials=3)
-    ended = run_command("imgcls", "sweep", f"--workdir={tmp_path}", "--trials=2")
+    ended = run_fresh("imgcls", "sweep", f"--workdir={tmp_path}", "--trials=2")
     assert ended.returncode == 2 and "--trials must be at least that" in ended.stderr
 
 
